@@ -1,0 +1,31 @@
+# make demo      all set-up, then the main job on the built-in task
+# make test      all set-up, then the tests
+# make test-all  the long tests too
+# make check     lint, format and types
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test test-all check install
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python launch/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
