@@ -1,0 +1,65 @@
+"""Cross-entropy of a linear head over the supervised positions, in chunks.
+
+The logits of a 151,936-word vocabulary are the largest tensor of a training step, and most positions (image features,
+prompts) carry no label. So: keep the labelled rows only, compute a chunk of logits, take its loss and its gradient at
+once, and throw the logits away. Value and gradients equal those of the plain loss.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised (the default `ignore_index` of PyTorch's cross-entropy)."""
+
+CHUNK_LOGITS = 1 << 26
+"""Logits per chunk: 2**26 are 256 MB in fp32, 441 rows of Qwen's vocabulary."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of `hidden @ weight.T`; the gradients are made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Chunks of the head's gradient are summed in fp32: in bf16 late chunks would vanish against the sum.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            chunk, target = hidden[start : start + rows], labels[start : start + rows, None]
+            logits = (chunk @ weight.t()).float()  # (rows, V)
+            logsumexp = logits.logsumexp(-1, keepdim=True)
+            loss += (logsumexp - logits.gather(-1, target)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = logits.sub_(logsumexp).exp_()  # softmax, in the logits' memory
+            grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
+            grad = grad.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight += grad.t() @ chunk
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return *(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors), None
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, num_items: int | None = None
+) -> torch.Tensor:
+    """Next-token cross-entropy of `hidden_states @ weight.T` against `labels`, without the whole logits tensor.
+
+    hidden_states: (B, T, D), float; position t predicts the label at t + 1.
+    weight: (V, D), the head.
+    labels: (B, T), int64; `IGNORE_INDEX` where there is nothing to predict.
+    num_items: divisor of the sum, the supervised tokens of the whole step; by default those of this batch.
+    Returns a float32 scalar. A batch without a label gives 0, with a graph, so that every rank can run backward.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    supervised = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+    hidden = hidden_states.flatten(0, 1).index_select(0, supervised)  # (supervised, D)
+    loss = _LinearCrossEntropy.apply(hidden, weight, targets.index_select(0, supervised))
+    return loss / max(1, supervised.numel() if num_items is None else num_items)
