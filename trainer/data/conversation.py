@@ -1,0 +1,64 @@
+"""A record of text (LLaVA's or OpenAI's conversation, or a caption) -> checked turns.
+
+Understood are `conversations` ({"from", "value"}), `messages` ({"role", "content"}) and `caption`.
+"""
+
+from typing import Any
+
+from trainer.data.samples import IMAGE_MARK, Turn
+from trainer.errors import DataError
+
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
+
+
+def parse_conversation(record: Any, images: int, caption_prompt: str) -> list[Turn]:
+    """The turns of one record that comes with so many `images`; every image has its mark in a user's turn.
+
+    Images without any mark are put before the first question. A caption becomes the answer to `caption_prompt`.
+    Raises DataError where the record is of another form, has no answer, or holds marks for another number of images.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"expected a JSON object, found {type(record).__name__}")
+    if "conversations" in record:
+        turns = _turns(record["conversations"], "conversations", "from", "value")
+    elif "messages" in record:
+        turns = _turns(record["messages"], "messages", "role", "content")
+    elif isinstance(record.get("caption"), str):
+        turns = [Turn("user", caption_prompt), Turn("assistant", record["caption"].strip())]
+    else:
+        raise DataError(
+            f"expected a field 'conversations' (LLaVA), 'messages' or 'caption'; the fields are {sorted(record)}"
+        )
+    if not any(turn.role == "assistant" and turn.text for turn in turns):
+        raise DataError("the conversation has no answer to learn from (no turn of 'gpt' or 'assistant' with text)")
+    return _place_images(turns, images)
+
+
+def _turns(entries: Any, field: str, role_field: str, text_field: str) -> list[Turn]:
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"'{field}' must be a list of turns")
+    turns = []
+    for number, entry in enumerate(entries):
+        where = f"{field}[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
+            raise DataError(f"{where}: expected an object with the texts '{role_field}' and '{text_field}'")
+        role = entry.get(role_field)
+        if role not in ROLES:
+            raise DataError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
+        turns.append(Turn(ROLES[role], entry[text_field]))
+    return turns
+
+
+def _place_images(turns: list[Turn], images: int) -> list[Turn]:
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+    if marks == 0 and images:
+        question = next((turn for turn in turns if turn.role == "user"), None)
+        if question is None:
+            raise DataError("the conversation has images but no question to put them in")
+        question.text = f"{IMAGE_MARK}\n" * images + question.text
+        marks = images
+    if marks != images:
+        raise DataError(f"{marks} image marks '{IMAGE_MARK}' in the questions, but {images} images")
+    return turns
