@@ -1,0 +1,203 @@
+"""Checkpoints: whole or not there.
+
+    output_dir/checkpoint-000500/{deepspeed/, hf/, state.json, manifest.json}     output_dir/latest
+
+Everything is written into a folder with another name; only when all ranks are done does it get its own, and only then
+does `latest` point to it. `deepspeed/` continues this run; `hf/` opens in Transformers and starts another stage.
+Frozen weights are in `hf/` alone: a resumed run takes them from where the run took them at first.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from transformers import PreTrainedTokenizerBase
+
+from trainer.data.transform import ImageTransform
+from trainer.dist import barrier, log
+from trainer.engine import full_state_dict
+from trainer.errors import CheckpointError
+from trainer.load import EXPORT, LATEST
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+
+FORMAT = 1
+DEEPSPEED = "deepspeed"
+"""Tag, and so folder, of DeepSpeed's own files."""
+
+SAFE_GLOBALS = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+"""What DeepSpeed's files may hold beside tensors and plain values; anything else is not loaded."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run needs to go on, beside weights and optimizer: where it is, and in which stream of samples."""
+
+    step: int
+    seed: int
+    global_batch_size: int
+    shards: str
+    """Fingerprint of the training shards."""
+    format: int = FORMAT
+
+
+def name_of(step: int) -> str:
+    return f"checkpoint-{step:06d}"
+
+
+def existing(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first, by step."""
+    found = {int(m[1]): path for path in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r".*-(\d+)", path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def save(
+    engine: deepspeed.DeepSpeedEngine,
+    output_dir: Path,
+    state: RunState,
+    tokenizer: PreTrainedTokenizerBase,
+    transform: ImageTransform,
+    keep_last: int,
+) -> Path:
+    """Writes one checkpoint, then moves `latest` to it and removes the oldest. All ranks call this."""
+    final = output_dir / name_of(state.step)
+    partial = output_dir / f".{final.name}.partial"
+    is_main = engine.global_rank == 0
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a save that was killed
+        partial.mkdir(parents=True)
+    barrier()
+    engine.save_checkpoint(str(partial), tag=DEEPSPEED, save_latest=False, exclude_frozen_parameters=True)
+    weights = full_state_dict(engine)
+    if is_main:
+        export(engine.module, weights, partial / EXPORT, tokenizer, transform)
+        _write_json(partial / "state.json", asdict(state))
+    barrier()
+    if is_main:
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        _write_json(partial / "manifest.json", {str(f.relative_to(partial)): f.stat().st_size for f in files})
+        for file in [*files, partial / "manifest.json"]:
+            _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(output_dir)
+        pointer = output_dir / f".{LATEST}.partial"
+        pointer.write_text(final.name + "\n")
+        _sync(pointer)
+        pointer.replace(output_dir / LATEST)
+        for old in existing(output_dir)[:-keep_last] if keep_last else []:
+            shutil.rmtree(old)
+    barrier()
+    log.info("saved %s", final)
+    return final
+
+
+def find_resume(output_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that `--resume auto|none|PATH` means, or None to start anew.
+
+    Raises CheckpointError for a path that is no whole checkpoint, and for `none` where there are checkpoints to lose.
+    """
+    if resume == "none":
+        if existing(output_dir):
+            raise CheckpointError(
+                f"{output_dir} holds checkpoints, which a new run would replace; resume (--resume auto), choose "
+                f"another run.output_dir, or remove the folder"
+            )
+        return None
+    if resume == "auto":
+        if not (output_dir / LATEST).is_file():
+            return None
+        path = output_dir / (output_dir / LATEST).read_text().strip()
+    else:
+        path = Path(resume)
+    _check_whole(path)
+    return path
+
+
+def _check_whole(path: Path) -> None:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint: its manifest.json cannot be read ({error})") from error
+    for name, size in manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise CheckpointError(f"{path}: not whole: {name} should have {size} bytes, found {found}")
+
+
+def read_state(path: Path, expected: RunState) -> RunState:
+    """The state in a checkpoint. Raises CheckpointError if it is of another stream of samples than `expected`."""
+    try:
+        state = RunState(**json.loads((path / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: its state.json cannot be read ({error})") from error
+    names = {"format": "format", "seed": "run.seed", "global_batch_size": "train.global_batch_size",
+             "shards": "fingerprint of the training shards"}  # fmt: skip
+    differing = [
+        f"{text} was {getattr(state, name)}, is {getattr(expected, name)}"
+        for name, text in names.items() if getattr(state, name) != getattr(expected, name)
+    ]  # fmt: skip
+    if differing:
+        raise CheckpointError(
+            f"{path}: this run would go on with other samples: {'; '.join(differing)}. Set them back, or start a new "
+            f"run folder, with model.init_from={path} to keep the weights."
+        )
+    return state
+
+
+def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
+    """Weights and optimizer of a checkpoint into the engine; frozen weights stay as they are. Loads no code."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed itself asks for unpickling of anything
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            loaded, _ = engine.load_checkpoint(str(path), tag=DEEPSPEED, load_module_strict=False)
+    finally:
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+    if loaded is None:
+        raise CheckpointError(f"{path}: DeepSpeed found nothing to load in {path / DEEPSPEED}")
+
+
+def export(
+    model: MQWenForConditionalGeneration,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    transform: ImageTransform,
+) -> None:
+    """Writes a folder that opens in Transformers without this package: the modeling files travel with the weights."""
+    model.config.auto_map = {
+        "AutoConfig": "configuration_mqwen_vl.MQWenVLConfig",
+        "AutoModelForCausalLM": "modeling_mqwen_vl.MQWenForConditionalGeneration",
+        "AutoModelForImageTextToText": "modeling_mqwen_vl.MQWenForConditionalGeneration",
+    }
+    model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+    transform.to_processor().save_pretrained(folder)
+    for file in (Path(__file__).parent / "models").glob("*.py"):
+        if file.name != "__init__.py":
+            shutil.copy(file, folder)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,406 @@
+"""The configuration: one dataclass per section of the YAML, its defaults and what each key means.
+
+    dataclass default -> YAML file -> --set section.key=value
+
+`Config.load` reports every mistake at once: unknown keys with the nearest name, wrong types, missing files, numbers
+that do not fit together.
+"""
+
+import dataclasses
+import difflib
+import glob
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from trainer import deepspeed_json
+from trainer.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The repository: `ds_configs/` and `launch/configs/` lie here."""
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    """Shown in logs."""
+    output_dir: str = ""
+    """Folder of checkpoints, curves and the resolved configuration. Default: runs/NAME."""
+    seed: int = 42
+    """Of the projector's initial weights and the order of the samples."""
+
+
+@dataclass
+class ModelConfig:
+    init_from: str | None = None
+    """A Hugging Face export, checkpoint or run folder of an earlier stage; instead of the two below."""
+    language_model: str | None = None
+    """Folder of a Qwen (v1) model."""
+    vision_tower: str | None = None
+    """Folder of a CLIP model."""
+    tokenizer: str | None = None
+    """Folder with qwen.tiktoken or tokenizer.json. Default: the language model's folder."""
+    vision_feature_layer: int | None = None
+    """Hidden state of the tower that the projector reads: -1 the last, -2 the one before. Default: the earlier stage's,
+    or -1."""
+    image_aspect: Literal["crop", "pad", "squash"] | None = None
+    """How pictures become square. Default: the earlier stage's, or crop."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass
+class ShardsConfig:
+    name: str
+    """Of the source, in logs."""
+    shards: str | list[str]
+    """Tars: a path, a glob, a brace range ('data-{000..099}.tar'), or a list of these."""
+
+
+@dataclass
+class DataConfig:
+    train: list[ShardsConfig] = field(default_factory=list)
+    """Sources to train on; an epoch has every sample of all of them once."""
+    eval: list[ShardsConfig] = field(default_factory=list)
+    """Held-out sources."""
+    max_length: int = 2048
+    """Tokens of a sample, image features included; longer text is cut at its end."""
+    num_workers: int = 4
+    """Reading processes of each rank."""
+    system_prompt: str = "You are a helpful assistant."
+    """Opens conversations that have no system turn of their own; empty for none."""
+    caption_prompt: str = "Describe the image."
+    """Question to which a caption is the answer."""
+
+
+@dataclass
+class OptimConfig:
+    learning_rate: float = 2e-5
+    """Peak rate of whatever trains outside the projector."""
+    projector_learning_rate: float | None = None
+    """Peak rate of the projector. Default: learning_rate."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices; norms and biases are never decayed."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's moment decays."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after warm-up; cosine and linear end at zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them."""
+
+
+@dataclass
+class TrainConfig:
+    epochs: int | None = None
+    """Passes over the data; or give max_steps."""
+    max_steps: int | None = None
+    """Optimizer steps; or give epochs."""
+    global_batch_size: int = 128
+    """Samples per optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: int = 1
+    """Samples per forward pass of one rank."""
+    bf16: bool = True
+    """Train in bfloat16 with fp32 master weights; false trains in fp32."""
+
+
+@dataclass
+class CheckpointConfig:
+    save_steps: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints kept; 0 keeps all."""
+
+
+@dataclass
+class EvalConfig:
+    every_steps: int = 500
+    """Steps between held-out losses; also after the last step. 0: never."""
+    samples: int = 512
+    """Held-out samples used, the first of the sources; 0 takes all."""
+
+
+@dataclass
+class LoggingConfig:
+    every_steps: int = 10
+    """Steps between log lines and TensorBoard points; metrics.jsonl has every step."""
+    sample_keys: bool = False
+    """Write the keys of the whole global batch into metrics.jsonl."""
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    freeze: list[str] = field(default_factory=lambda: ["vision_tower"])
+    """What does not train: a part (vision_tower, projector, language_model), a range of layers
+    ('language_model.layers.0-11', both ends included), or a regular expression over parameter names."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: str = "ds_configs/zero2.json"
+    """DeepSpeed's JSON: ZeRO and communication. Batch, precision, clipping and rates are this file's: "auto" there."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None, world_size: int = 1) -> "Config":
+        """The configuration of a YAML file (or the name of one in launch/configs/), with `a.b=value` overrides.
+
+        Raises ConfigError listing every unknown key, wrong type and missing file, every model folder of another
+        architecture, and every number that does not fit (with so many ranks).
+        """
+        file = find_config(path)
+        try:
+            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{file}: expected sections, found a {type(tree).__name__}")
+        errors: list[str] = []
+        for override in overrides or []:
+            _override(tree, override, errors)
+        config = _build(cls, tree, "", errors)
+        if not config.run.output_dir:
+            config.run.output_dir = f"runs/{config.run.name}"
+        errors += config.validate(world_size)
+        if errors:
+            raise ConfigError(f"{file}: {len(errors)} mistake{'s' * (len(errors) > 1)}\n  - " + "\n  - ".join(errors))
+        return config
+
+    def validate(self, world_size: int) -> list[str]:
+        """What is wrong, one line each, without reading weights or data."""
+        return [
+            *_check_model(self.model), *_check_data(self), *_check_numbers(self), *_check_batch(self.train, world_size),
+            *_check_files(self, world_size),
+        ]  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def find_config(path: str | Path) -> Path:
+    """A path, or the name of a file in launch/configs/ with or without its ending."""
+    named = ROOT / "launch" / "configs" / path
+    for file in (Path(path), named, named.with_name(named.name + ".yaml")):
+        if file.is_file():
+            return file
+    known = ", ".join(sorted(file.stem for file in named.parent.glob("*.yaml")))
+    raise ConfigError(f"--config {path}: no such file, and no such name in launch/configs/ (there are: {known})")
+
+
+def find_deepspeed(path: str) -> Path:
+    """DeepSpeed's JSON, from the working folder or from the repository."""
+    return Path(path) if Path(path).is_file() else ROOT / path
+
+
+def expand_shards(patterns: str | list[str]) -> list[Path]:
+    """Paths, globs and brace ranges -> tars, each pattern's sorted by name. Empty where a pattern finds nothing."""
+    tars: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        expanded = _expand_braces(pattern)
+        found = [match for one in expanded for match in (sorted(glob.glob(one)) if glob.has_magic(one) else [one])]
+        tars += map(Path, found)
+    return tars
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    first, last = match.groups()
+    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+    return [whole for n in numbers for whole in _expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
+
+
+def _override(tree: dict, override: str, errors: list[str]) -> None:
+    key, equals, value = override.partition("=")
+    *sections, name = key.strip().split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.setdefault(section, {}) if isinstance(node, dict) else None
+    if not equals or not name or not isinstance(node, dict):
+        errors.append(f"--set {override}: expected section.key=value")
+        return
+    try:
+        node[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        errors.append(f"--set {override}: the value is not YAML ({error})")
+
+
+def _build(cls: type, tree: Any, where: str, errors: list[str]) -> Any:
+    """A dataclass from a tree of YAML. What is wrong is noted in `errors` and left at its default."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(tree, dict):
+        errors.append(f"{where or 'file'}: expected keys ({', '.join(fields)}), found {tree!r}")
+        tree = {}
+    values = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key in fields:
+            values[key] = _convert(hints[key], value, name, errors)
+        else:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(fields)}"
+            errors.append(f"{name}: unknown key; {hint}")
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            errors.append(f"{where}.{name}: missing")
+            values[name] = ""
+    return cls(**{name: value for name, value in values.items() if value is not _BAD})
+
+
+_BAD = object()
+"""A value of the wrong type: noted as a mistake, its default used for the checks that follow."""
+
+
+def _convert(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), {} if value is None else value, where, errors)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list and isinstance(value, list):
+        items = [_convert(arguments[0], item, f"{where}[{i}]", errors) for i, item in enumerate(value)]
+        return [item for item in items if item is not _BAD]
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        attempts: list[str] = []
+        for argument in arguments:
+            attempts.clear()
+            if argument is not type(None) and (found := _convert(argument, value, where, attempts)) is not _BAD:
+                return found
+        errors.append(f"{where}: expected {_describe(hint)}, found {value!r}")
+        return _BAD
+    if hint is float:
+        # YAML reads 1e-4 as text.
+        try:
+            if not isinstance(value, bool):
+                return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    errors.append(f"{where}: expected {_describe(hint)}, found {value!r}")
+    return _BAD
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is list:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_describe(a) for a in typing.get_args(hint) if a is not type(None))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _check_model(model: ModelConfig) -> list[str]:
+    errors = []
+    parts = {"language_model": model.language_model, "vision_tower": model.vision_tower}
+    if model.init_from:
+        if any(parts.values()):
+            errors.append("model: give either init_from or language_model and vision_tower, not both")
+    else:
+        errors += [f"model.{name}: missing; or give model.init_from" for name, folder in parts.items() if not folder]
+    folders = {**parts, "init_from": model.init_from, "tokenizer": model.tokenizer}
+    for name, folder in folders.items():
+        if folder and not Path(folder).is_dir():
+            errors.append(f"model.{name}: no such folder: {folder}")
+        elif folder and name in MODEL_TYPES:
+            errors += _check_model_type(f"model.{name}", Path(folder), MODEL_TYPES[name])
+    return errors
+
+
+MODEL_TYPES = {"language_model": ("qwen",), "vision_tower": ("clip", "clip_vision_model")}
+"""`model_type` of the folders' config.json that each key takes."""
+
+
+def _check_model_type(where: str, folder: Path, expected: tuple[str, ...]) -> list[str]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"{where}: {folder} has no readable config.json ({error})"]
+    if found in expected:
+        return []
+    return [f"{where}: {folder} is of architecture '{found}', expected {' or '.join(map(repr, expected))}"]
+
+
+def _check_data(config: Config) -> list[str]:
+    errors = [] if config.data.train else ["data.train: no source to train on"]
+    for split in ("train", "eval"):
+        for number, source in enumerate(getattr(config.data, split)):
+            where = f"data.{split}[{number}].shards"
+            for pattern in [source.shards] if isinstance(source.shards, str) else source.shards:
+                tars = expand_shards(pattern)
+                missing = [str(tar) for tar in tars if not tar.is_file()]
+                if not tars:
+                    errors.append(f"{where}: '{pattern}' matches no file")
+                elif missing:
+                    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+                    errors.append(f"{where}: no such file: {missing[0]}{more}")
+    return errors
+
+
+def _check_numbers(config: Config) -> list[str]:
+    errors = []
+    train, optim = config.train, config.optim
+    if (train.epochs is None) == (train.max_steps is None):
+        errors.append("train: give either epochs or max_steps")
+    positive = {
+        "train.epochs": train.epochs, "train.max_steps": train.max_steps, "data.max_length": config.data.max_length,
+        "train.global_batch_size": train.global_batch_size, "train.micro_batch_size": train.micro_batch_size,
+        "checkpoint.save_steps": config.checkpoint.save_steps, "logging.every_steps": config.logging.every_steps,
+    }  # fmt: skip
+    errors += [f"{name}: must be at least 1, found {n}" for name, n in positive.items() if n is not None and n < 1]
+    not_negative = {
+        "data.num_workers": config.data.num_workers, "checkpoint.keep_last": config.checkpoint.keep_last,
+        "eval.every_steps": config.eval.every_steps, "eval.samples": config.eval.samples,
+        "optim.learning_rate": optim.learning_rate, "optim.weight_decay": optim.weight_decay,
+        "optim.max_grad_norm": optim.max_grad_norm, "optim.projector_learning_rate": optim.projector_learning_rate,
+    }  # fmt: skip
+    errors += [
+        f"{name}: must not be negative, found {n}" for name, n in not_negative.items() if n is not None and n < 0
+    ]
+    if not 0 <= optim.warmup_ratio <= 1:
+        errors.append(f"optim.warmup_ratio: must be between 0 and 1, found {optim.warmup_ratio}")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        errors.append(f"optim.betas: expected two numbers from 0 to below 1, found {optim.betas}")
+    return errors
+
+
+def _check_files(config: Config, world_size: int) -> list[str]:
+    errors = []
+    file = find_deepspeed(config.deepspeed)
+    if file.is_file():
+        errors += deepspeed_json.build(file, config, world_size)[1]
+    else:
+        errors.append(f"deepspeed: no such file: {config.deepspeed}")
+    if Path(config.run.output_dir).exists() and not Path(config.run.output_dir).is_dir():
+        errors.append(f"run.output_dir: {config.run.output_dir} is a file, expected a folder")
+    return errors
+
+
+def _check_batch(train: TrainConfig, world_size: int) -> list[str]:
+    """Whether the global batch can be cut into whole micro-batches on so many ranks."""
+    unit = train.micro_batch_size * world_size
+    if unit < 1 or train.global_batch_size % unit == 0:
+        return []
+    lower = train.global_batch_size // unit * unit
+    nearest = ", ".join(str(n) for n in (lower, lower + unit) if n)
+    return [
+        f"train.global_batch_size={train.global_batch_size} is not a multiple of micro_batch_size x world size "
+        f"({train.micro_batch_size} x {world_size}); nearest valid values: {nearest}"
+    ]

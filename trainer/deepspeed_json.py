@@ -1,0 +1,84 @@
+"""DeepSpeed's JSON, as it is handed to the engine.
+
+The file in `ds_configs/` owns ZeRO and communication; batch, precision, clipping and rates are the YAML's, and "auto"
+in the JSON means "from the YAML". A contradiction between the two is a mistake, and so is a key DeepSpeed does not
+know, which it would accept in silence.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+ALLOWED = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+    "zero_optimization", "communication_data_type", "data_types", "prescale_gradients", "gradient_predivide_factor",
+    "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
+    "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "memory_breakdown", "aio", "compile",
+    "seq_parallel_communication_data_type", "disable_allgather", "timers",
+}  # fmt: skip
+"""Top-level keys that make sense here. (source: DeepSpeed 0.19.8's configuration)"""
+
+REFUSED = {
+    "optimizer": "the optimizer is AdamW, set under optim in the YAML",
+    "scheduler": "the schedule is set under optim in the YAML",
+    "fp16": "training is bf16 or fp32, set by train.bf16 in the YAML",
+    "amp": "training is bf16 or fp32, set by train.bf16 in the YAML",
+    "activation_checkpointing": "set model.activation_checkpointing in the YAML",
+    "tensorboard": "the trainer writes its own curves",
+}
+
+
+def build(file: Path, config: "Config", world_size: int) -> tuple[dict[str, Any], list[str]]:
+    """(what the engine gets, what is wrong in the file, one line each)."""
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, [f"deepspeed: {file} is not readable JSON ({error})"]
+    if not isinstance(given, dict):
+        return {}, [f"deepspeed: {file}: expected an object, found a {type(given).__name__}"]
+    errors = []
+    for key in given:
+        if key in REFUSED:
+            errors.append(f"deepspeed: {file}: '{key}' does not belong here: {REFUSED[key]}")
+        elif key not in ALLOWED:
+            near = difflib.get_close_matches(key, ALLOWED, n=1)
+            errors.append(f"deepspeed: {file}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+    train = config.train
+    accumulation = train.global_batch_size // max(1, train.micro_batch_size * world_size)
+    owned: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": train.bf16},
+    }
+    for key, value in owned.items():
+        errors += _contradictions(file, key, given.get(key, "auto"), value)
+    merged: dict[str, Any] = {
+        # Gradients of the micro-batches are summed in fp32: bf16 would lose the small ones.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        **given,
+        **owned,
+    }
+    return merged, errors
+
+
+def _contradictions(file: Path, key: str, given: Any, value: Any) -> list[str]:
+    if isinstance(value, dict) and isinstance(given, dict):
+        return [e for k, v in value.items() for e in _contradictions(file, f"{key}.{k}", given.get(k, "auto"), v)]
+    if given in ("auto", value):
+        return []
+    return [f'deepspeed: {file}: {key} is {given!r}, but the YAML makes it {value!r}; write "auto" there']
+
+
+def offloads_optimizer(deepspeed_config: dict[str, Any]) -> bool:
+    """Whether optimizer states live in host memory."""
+    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"

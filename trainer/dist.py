@@ -1,0 +1,93 @@
+"""Who this process is among the others, and the few things they do together."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+
+from trainer.errors import ConfigError
+
+log = logging.getLogger("trainer")
+"""Logs on rank 0 alone, once `distributed` has begun."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Place of this process in the job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def world_from_environment() -> World:
+    """The place that a launcher (deepspeed, torchrun) put into the environment; without one, a job of one process.
+
+    Raises ConfigError, naming the variables, where only some are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    values = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not values.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+        return World()
+    if missing := [name for name in names if name not in values]:
+        raise ConfigError(
+            f"the environment sets {', '.join(sorted(values))} but not {', '.join(missing)}: start with `deepspeed` "
+            f"or `torchrun`, which set them all, or unset them to run one process."
+        )
+    return World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
+
+
+@contextmanager
+def distributed(world: World) -> Iterator[World]:
+    """The process group of the job, from start to a clean end."""
+    import deepspeed
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO if world.is_main else logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if world.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        os.environ.update(place, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one host would each start a thread per core and wait for one another.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.world_size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    # On a CPU, DeepSpeed would compile a shared-memory collective at the first start; a process killed while it does
+    # leaves a lock on which every later run waits for ever. Gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    try:
+        yield world
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    torch.distributed.barrier()
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sums over all ranks, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,66 @@
+"""What trains and what does not."""
+
+import re
+
+from torch import nn
+
+from trainer.errors import ConfigError
+
+PARTS = {"vision_tower": "vision_tower.", "projector": "multi_modal_projector.", "language_model": "language_model."}
+"""Name in configurations -> prefix of its parameters."""
+
+LAYERS = {"vision_tower": "vision_tower.encoder.layers.", "language_model": "language_model.transformer.h."}
+"""Parts with numbered layers -> prefix of a layer's number."""
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to."""
+    return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Turns off gradients of every parameter that a pattern names.
+
+    A pattern is a part, a range of layers ("language_model.layers.0-11", both ends included) or a regular expression
+    searched for in the parameter's name. Raises ConfigError, for all patterns at once, where one matches nothing or
+    is no expression, or where nothing would be left to train.
+    """
+    errors = []
+    for pattern in patterns:
+        try:
+            matches = _compile(pattern)
+        except re.error as error:
+            errors.append(f"'{pattern}' is not a regular expression ({error})")
+            continue
+        named = [parameter for name, parameter in model.named_parameters() if matches.search(name)]
+        for parameter in named:
+            parameter.requires_grad_(False)
+        if not named:
+            errors.append(f"'{pattern}' matches no parameter")
+    if not errors and not any(parameter.requires_grad for parameter in model.parameters()):
+        errors.append("everything is frozen: nothing is left to train")
+    if errors:
+        examples = ", ".join([*PARTS, "language_model.layers.0-11"])
+        raise ConfigError("freeze: " + "; ".join(errors) + f". Parts and ranges are written {examples}.")
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    if pattern in PARTS:
+        return re.compile("^" + re.escape(PARTS[pattern]))
+    if match := re.fullmatch(r"(\w+)\.layers\.(\d+)-(\d+)", pattern):
+        part, first, last = match[1], int(match[2]), int(match[3])
+        if part in LAYERS:
+            numbers = "|".join(map(str, range(first, last + 1)))
+            return re.compile(f"^{re.escape(LAYERS[part])}({numbers})[.]" if numbers else r"(?!)")
+    return re.compile(pattern)
+
+
+def table(model: nn.Module) -> str:
+    """Parameters of each part, and how many of them train."""
+    counts = {part: [0, 0] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)][0] += parameter.numel()
+        counts[part_of(name)][1] += parameter.numel() * parameter.requires_grad
+    counts["total"] = [sum(count[i] for count in counts.values()) for i in (0, 1)]
+    rows = [f"{part:<16}{total:>18,}{trains:>18,}" for part, (total, trains) in counts.items()]
+    return "\n".join([f"{'part':<16}{'parameters':>18}{'trained':>18}", *rows])

@@ -1,0 +1,47 @@
+"""Answers of an exported model."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from trainer.data.samples import IMAGE_MARK, Turn
+from trainer.data.template import ChatTemplate
+from trainer.data.transform import ImageTransform
+from trainer.errors import CheckpointError
+
+
+class Generator:
+    """An exported model, ready to answer. Opened through Transformers, with the code that travels in the export."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype | str = "auto"):
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no model folder (config.json is missing)")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
+        self.model.to(self.device).eval()
+        config = self.model.config
+        self.transform = ImageTransform(config.vision_config.image_size, config.image_aspect)
+        self.template = ChatTemplate(self.tokenizer, config.image_token_id, config.image_context_length)
+
+    def answer(
+        self, images: list[bytes], questions: list[str], system_prompt: str = "", max_new_tokens: int = 256
+    ) -> list[str]:
+        """Greedy answers to one question about each encoded picture."""
+        prompts = []
+        for question in questions:
+            turns = [Turn("user", question if IMAGE_MARK in question else f"{IMAGE_MARK}\n{question}")]
+            if system_prompt:
+                turns.insert(0, Turn("system", system_prompt))
+            prompts.append(torch.tensor(self.template.prompt(turns)))
+        rows = torch.nn.utils.rnn.pad_sequence(prompts, True, self.tokenizer.pad_token_id, "left")
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        mask = torch.nn.utils.rnn.pad_sequence(ones, True, 0, "left")
+        pixels = torch.stack([self.transform(image) for image in images]).to(self.device)
+        output = self.model.generate(
+            rows.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, do_sample=False,
+            pixel_values=self.transform.normalize(pixels, self.model.dtype),
+        )  # fmt: skip
+        new_tokens = output[:, rows.shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]

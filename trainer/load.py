@@ -1,0 +1,137 @@
+"""Model and tokenizer that a configuration names, from folders on disk."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPVisionModel,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from trainer.config import Config, ModelConfig
+from trainer.data.transform import ImageTransform
+from trainer.errors import CheckpointError, ConfigError
+from trainer.models.modeling_mqwen import MQWenLMHeadModel
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+from trainer.models.tokenization_qwen import (
+    END_OF_TEXT,
+    IM_END,
+    IMAGE_PLACEHOLDER,
+    VOCABULARY_FILE,
+    build_tokenizer,
+)
+
+LATEST = "latest"
+"""File in a run folder that names its newest whole checkpoint."""
+
+EXPORT = "hf"
+"""Folder in a checkpoint that opens in Transformers."""
+
+
+def find_export(folder: Path) -> Path:
+    """The Hugging Face folder that a path means: itself, that of a checkpoint, or of a run's latest checkpoint.
+
+    Raises CheckpointError if it is none of these.
+    """
+    candidates = [folder, folder / EXPORT]
+    if (folder / LATEST).is_file():
+        candidates.append(folder / (folder / LATEST).read_text().strip() / EXPORT)
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(f"{folder}: neither a model folder (config.json), a checkpoint (hf/) nor a run ({LATEST})")
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.tokenizer`, or else of the model that training starts from; no remote code.
+
+    Raises ConfigError if the folder has none, or one without the control tokens.
+    """
+    folder = Path(model.tokenizer or model.language_model or find_export(Path(model.init_from or "")))
+    if (folder / VOCABULARY_FILE).is_file():
+        try:
+            tokenizer = build_tokenizer(folder / VOCABULARY_FILE)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    elif (folder / "tokenizer.json").is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        raise ConfigError(f"{folder}: no {VOCABULARY_FILE} and no tokenizer.json; name their folder in model.tokenizer")
+    missing = {END_OF_TEXT, IM_END, IMAGE_PLACEHOLDER} - tokenizer.get_vocab().keys()
+    if missing:
+        raise ConfigError(f"{folder}: the tokenizer lacks the control tokens {', '.join(sorted(missing))}")
+    return tokenizer
+
+
+def load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> MQWenForConditionalGeneration:
+    """The model that training starts from, on the CPU, in bf16 or fp32 as the configuration says.
+
+    Raises ConfigError where settings, tokenizer and model do not fit together, CheckpointError where weights are
+    missing or of other shapes.
+    """
+    settings, dtype = config.model, torch.bfloat16 if config.train.bf16 else torch.float32
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    if settings.init_from:
+        model = _load(MQWenForConditionalGeneration, find_export(Path(settings.init_from)), dtype)
+        _check_same_stage_settings(settings, model, image_token_id)
+    else:
+        model = MQWenForConditionalGeneration.from_parts(
+            _load(CLIPVisionModel, Path(settings.vision_tower or ""), dtype),
+            _load(MQWenLMHeadModel, Path(settings.language_model or ""), dtype),
+            seed=config.run.seed,
+            image_token_id=image_token_id,
+            vision_feature_layer=-1 if settings.vision_feature_layer is None else settings.vision_feature_layer,
+            image_aspect=settings.image_aspect or "crop",
+        )
+    text = model.config.text_config
+    errors = []
+    if text.vocab_size < len(tokenizer):
+        errors.append(
+            f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {len(tokenizer)}"
+        )
+    if config.data.max_length > text.seq_length:
+        errors.append(f"data.max_length={config.data.max_length} is beyond the model's seq_length={text.seq_length}")
+    if config.data.max_length <= model.config.image_context_length:
+        errors.append(
+            f"data.max_length={config.data.max_length} has no room for text beside an image of "
+            f"{model.config.image_context_length} features"
+        )
+    if errors:
+        raise ConfigError("; ".join(errors))
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, info = cls.from_pretrained(folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded as {cls.__name__}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing, among them {', '.join(missing[:3])}")
+    return model
+
+
+def _check_same_stage_settings(
+    settings: ModelConfig, model: MQWenForConditionalGeneration, image_token_id: int
+) -> None:
+    errors = [
+        f"model.{name} is {wanted!r}, but {settings.init_from} was trained with {getattr(model.config, name)!r}"
+        for name in ("vision_feature_layer", "image_aspect")
+        if (wanted := getattr(settings, name)) is not None and wanted != getattr(model.config, name)
+    ]
+    if image_token_id != model.config.image_token_id:
+        errors.append(f"the tokenizer's placeholder is {image_token_id}, the model's {model.config.image_token_id}")
+    if errors:
+        raise ConfigError("; ".join(errors))
+
+
+def image_transform(model: MQWenForConditionalGeneration) -> ImageTransform:
+    """How this model's pictures become pixels."""
+    return ImageTransform(model.config.vision_config.image_size, model.config.image_aspect)

@@ -1,0 +1,105 @@
+"""The record of a run: metrics.jsonl, TensorBoard, one progress bar.
+
+Rank 0 alone writes. metrics.jsonl has a line for every optimizer step; on resume, lines and points behind the
+checkpoint are dropped, so no step appears twice.
+"""
+
+import json
+import resource
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from trainer.dist import log
+
+GIB = 2**30
+
+
+class Recorder:
+    """Writes what a step measured to every place where people look."""
+
+    def __init__(self, output_dir: Path, name: str, step: int, last_step: int, every_steps: int, enabled: bool):
+        self.every_steps = every_steps
+        self.last_step = last_step
+        self.enabled = enabled
+        if not enabled:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = output_dir / "metrics.jsonl"
+        _drop_after(file, step)
+        self._file = file.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
+        # Quiet when the output is not a terminal.
+        self._bar = tqdm(total=last_step, initial=step, desc=name, unit="step", disable=None)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Records one optimizer step: a line of metrics.jsonl, and every so often a log line and a point."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        step = line["step"]
+        self._bar.update(1)
+        self._bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+        if step % self.every_steps and step not in (1, self.last_step):
+            return
+        points = {
+            "loss": line["loss"], "grad_norm": line["grad_norm"], "epoch": line["epoch"],
+            "tokens_per_second": line["tokens"] / line["step_time"],
+            "images_per_second": line["images"] / line["step_time"],
+            "data_wait_seconds": line["data_time"], "step_seconds": line["step_time"],
+            "memory_gib": peak_memory() / GIB, "skipped_steps": line["skipped_steps"],
+            **{f"learning_rate/{part}": rate for part, rate in line["learning_rate"].items()},
+        }  # fmt: skip
+        for name, value in points.items():
+            self._tensorboard.add_scalar(f"train/{name}", value, step)
+        self._tensorboard.flush()
+        if self._bar.disable:
+            log.info(
+                "step %d/%d  loss %.4f  grad_norm %.3f  %.0f tokens/s  data wait %.0f%%", step, self.last_step,
+                line["loss"], line["grad_norm"], points["tokens_per_second"],
+                100 * line["data_time"] / line["step_time"],
+            )  # fmt: skip
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Records a held-out loss."""
+        if self.enabled:
+            self._tensorboard.add_scalar("eval/loss", loss, step)
+            self._tensorboard.flush()
+        log.info("step %d  held-out loss %.4f", step, loss)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.enabled:
+            self._bar.close()
+            self._tensorboard.close()
+            self._file.close()
+
+
+def peak_memory() -> int:
+    """Bytes: the most that the accelerator's allocator held, or the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Keeps the lines up to a step, and drops a last line that a kill cut short."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(file)
