@@ -1,0 +1,128 @@
+"""Fixtures shared by all tests: the smallest models that still have every part."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from trainer.data.writer import ShardWriter
+from trainer.models.configuration_qwen import QWenConfig
+from trainer.models.modeling_mqwen import MQWenLMHeadModel
+from trainer.models.modeling_qwen import QWenLMHeadModel
+from trainer.models.tokenization_qwen import build_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "launch"))
+
+import demo_task  # noqa: E402
+
+# On tensors this small a second thread gains nothing, and on a busy machine each operation would wait for it.
+torch.set_num_threads(1)
+
+OTHER_CONFIG = {"replace_token_id": 300, "image_context_length": 6, "image_feature_hidden_size": 64}
+"""The tiny model's placeholder, as that of the golden checkpoint: an image is six features wide."""
+
+
+def tiny_language_model(config: QWenConfig, seed: int = 0) -> MQWenLMHeadModel:
+    """A seeded model in eval whose biases and norms are random too: at 0 and 1 a lost one would not show."""
+    torch.manual_seed(seed)
+    model = MQWenLMHeadModel(config, OTHER_CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_config() -> QWenConfig:
+    return QWenConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        kv_channels=16,
+        intermediate_size=192,
+        seq_length=64,
+        max_position_embeddings=128,
+        initializer_range=0.08,
+        fp32=True,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config) -> MQWenLMHeadModel:
+    return tiny_language_model(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """A configuration over tiny models and shards, every part of it trainable but the tower: its YAML file.
+
+    The samples are of every kind, in shards of odd sizes: one picture, two pictures, none.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_models(folder)
+    write_tiny_shards(folder / "shards")
+    config = {
+        "run": {"name": "tiny", "output_dir": str(folder / "run")},
+        "model": {
+            "language_model": str(folder / "tiny-qwen"),
+            "vision_tower": str(folder / "tiny-clip"),
+            "activation_checkpointing": True,
+        },
+        "data": {
+            "train": [{"name": "tiny", "shards": str(folder / "shards" / "*.tar")}],
+            "max_length": 128,
+            "num_workers": 1,
+            "system_prompt": "",
+        },
+        "optim": {"learning_rate": 2e-3, "projector_learning_rate": 5e-3, "weight_decay": 0.01, "warmup_ratio": 0.1},
+        "train": {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "bf16": False},
+        "eval": {"every_steps": 0},
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def write_tiny_models(folder: Path) -> None:
+    """`tiny-qwen` (with a vocabulary) and `tiny-clip`, random weights, 4 features a picture."""
+    (folder / "tiny-qwen").mkdir()
+    demo_task.write_vocabulary(folder / "tiny-qwen" / "qwen.tiktoken", seed=0)
+    vocabulary = len(build_tokenizer(folder / "tiny-qwen" / "qwen.tiktoken"))
+    torch.manual_seed(0)
+    QWenLMHeadModel(
+        QWenConfig(
+            vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_channels=16,
+            intermediate_size=96, seq_length=256, max_position_embeddings=256,
+        )
+    ).save_pretrained(folder / "tiny-qwen")  # fmt: skip
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+    ).save_pretrained(folder / "tiny-clip")
+
+
+def write_tiny_shards(folder: Path, sizes: tuple[int, ...] = (7, 5, 1, 11)) -> None:
+    """Shards of so many samples: of every four, two with one picture, one with two, one with none."""
+    rng = random.Random(0)
+    for number, size in enumerate(sizes):
+        with ShardWriter(folder, f"tiny-{number}", samples_per_shard=1000) as writer:
+            for i in range(size):
+                scene = demo_task.random_scene(rng)
+                turns = demo_task.conversation(scene, rng if i % 2 else None)
+                images = (1, 2, 1, 0)[i % 4]
+                turns[0]["value"] = turns[0]["value"].replace("<image>\n", "<image>" * images)
+                pictures = {f"{n}.png": demo_task.draw(scene, rng) for n in range(images)}
+                writer.write(f"s{number}-{i}", {**pictures, "json": {"conversations": turns}})

@@ -1,0 +1,52 @@
+"""A run that is stopped and resumed equals the run that was not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from trainer.config import Config
+
+
+def run(world, config_file: str, out: str, stage: str, resume: str, until: int | None = None) -> None:
+    """Trains 20 steps, or, of those, the ones up to `until`."""
+    from trainer.train import setup, train
+
+    settings = [f"run.output_dir={out}", f"deepspeed=ds_configs/{stage}.json", "train.max_steps=20",
+                "checkpoint.save_steps=10", "checkpoint.keep_last=0", "logging.sample_keys=true"]  # fmt: skip
+    state = setup(Config.load(config_file, settings, world.world_size), world, resume)
+    train(state, until)
+    state.engine.destroy()
+
+
+def straight_and_resumed(world, config_file: str, out: str, stage: str) -> None:
+    run(world, config_file, f"{out}/straight", stage, "none")
+    run(world, config_file, f"{out}/resumed", stage, "none", until=10)
+    run(world, config_file, f"{out}/resumed", stage, "auto")
+
+
+def lines(folder: Path) -> list[dict]:
+    ignored = ("step_time", "data_time")
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ignored} for line in found]
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_resumed_run_equals_the_straight_one_bitwise(tiny_run, tmp_path, stage):
+    run_ranks(straight_and_resumed, 2, str(tiny_run), str(tmp_path), stage)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert [line["step"] for line in lines(straight)] == list(range(1, 21))
+    assert lines(resumed) == lines(straight)
+    weights = [load_file(run / "checkpoint-000020" / "hf" / "model.safetensors") for run in (straight, resumed)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+    before = load_file(straight / "checkpoint-000010" / "hf" / "model.safetensors")
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, weights[0][name])}
+    # What trains has moved between steps 10 and 20, the frozen tower has not.
+    assert any(name.startswith("language_model.") for name in changed)
+    assert any(name.startswith("multi_modal_projector.") for name in changed)
+    assert not any(name.startswith("vision_tower.") for name in changed)
