@@ -1,7 +1,7 @@
 """The built-in task: pictures of one coloured shape at one of nine places, and what can be said about them.
 
-Also the two tiny models that learn it, in the official folder layouts: a CLIP of random weights, and a Qwen that has
-learnt the sentences, but from words, not from pictures.
+Also the two tiny models that learn it, in the official folder layouts: a CLIP of random weights, and a Qwen that knows
+the task's language, but has never seen a picture.
 """
 
 import base64
@@ -18,13 +18,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trainer.data.conversation import parse_conversation
-from trainer.data.samples import IGNORE_INDEX, IMAGE_MARK
+from trainer.data.samples import IGNORE_INDEX
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.data.writer import ShardWriter
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_qwen import QWenLMHeadModel
-from trainer.models.tokenization_qwen import VOCABULARY_FILE, build_tokenizer
+from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER, VOCABULARY_FILE, build_tokenizer
 
 COLOURS = {
     "red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 86, 200), "yellow": (240, 210, 30),
@@ -50,7 +50,8 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return f"A {self.colour} {self.shape} at the {self.row} {self.column}."
+        article = "An" if self.colour[0] in "aeiou" else "A"
+        return f"{article} {self.colour} {self.shape} at the {self.row} {self.column}."
 
     def questions(self) -> list[tuple[str, str]]:
         return [
@@ -119,6 +120,7 @@ def write_models(folder: Path, seed: int) -> None:
     config = QWenConfig(
         vocab_size=len(build_tokenizer(qwen / VOCABULARY_FILE)), hidden_size=96, num_hidden_layers=3,
         num_attention_heads=4, kv_channels=24, intermediate_size=576, seq_length=256, max_position_embeddings=256,
+        initializer_range=0.06,
     )  # fmt: skip
     model = QWenLMHeadModel(config)
     teach_language(model, qwen / VOCABULARY_FILE, seed)
@@ -132,25 +134,31 @@ def write_models(folder: Path, seed: int) -> None:
 
 
 def teach_language(model: QWenLMHeadModel, vocabulary: Path, seed: int, steps: int = 250, batch_size: int = 32) -> None:
-    """What a language model brings along before it sees: it reads the nine places as words and answers in sentences."""
+    """What a language model brings along before it sees: it answers in sentences about a scene it is told in words.
+
+    The words stand where the picture will: one control token for each of the nine places, a different one for nothing
+    and for every colour and shape.
+    """
     tokenizer, rng = build_tokenizer(vocabulary), random.Random(seed)
-    template = ChatTemplate(tokenizer, image_token_id=0, image_length=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    image_id, empty = tokenizer.convert_tokens_to_ids([IMAGE_PLACEHOLDER, "<|extra_1|>"])
+    template = ChatTemplate(tokenizer, image_id, image_length=len(ROWS) * len(COLUMNS))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     model.train()
     for step in tqdm(range(steps), desc="tiny-qwen learns the language", unit="step", disable=None):
         rows = []
         for _ in range(batch_size):
             scene = random_scene(rng)
-            places = [
-                f"{scene.colour} {scene.shape}" if (row, column) == (scene.row, scene.column) else "empty"
-                for row in ROWS for column in COLUMNS
-            ]  # fmt: skip
+            words = [empty] * len(template.image_run)
+            place = len(COLUMNS) * ROWS.index(scene.row) + COLUMNS.index(scene.column)
+            words[place] += 1 + len(SHAPES) * list(COLOURS).index(scene.colour) + SHAPES.index(scene.shape)
             turns = conversation(scene, rng if rng.random() < 0.5 else None)
-            turns[0]["value"] = turns[0]["value"].replace(IMAGE_MARK, " ".join(places))
-            rows.append(template.encode(parse_conversation({"conversations": turns}, 0, "")))
+            input_ids, labels = template.encode(parse_conversation({"conversations": turns}, 1, ""))
+            start = input_ids.index(image_id)
+            input_ids[start : start + len(words)] = words
+            rows.append((torch.tensor(input_ids), torch.tensor(labels)))
         input_ids, labels = (
-            torch.nn.utils.rnn.pad_sequence([torch.tensor(row[i]) for row in rows], True, fill)
-            for i, fill in ((0, 0), (1, IGNORE_INDEX))
+            torch.nn.utils.rnn.pad_sequence(column, True, fill)
+            for column, fill in zip(zip(*rows, strict=True), (0, IGNORE_INDEX), strict=True)
         )
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)

@@ -1,7 +1,7 @@
 """Prints the table of configuration keys that stands in README.md, from the dataclasses.
 
-    python launch/list_keys.py            print it
-    python launch/list_keys.py --write    put it into README.md
+python launch/list_keys.py            print it
+python launch/list_keys.py --write    put it into README.md
 """
 
 import argparse
@@ -32,7 +32,9 @@ def table() -> str:
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for section in dataclasses.fields(config.Config):
         if dataclasses.is_dataclass(section.type):
-            rows += [row(f"{section.name}.{f.name}", f, meanings(section.type)) for f in dataclasses.fields(section.type)]
+            rows += [
+                row(f"{section.name}.{f.name}", f, meanings(section.type)) for f in dataclasses.fields(section.type)
+            ]
         else:
             rows.append(row(section.name, section, meanings(config.Config)))
         if section.name == "data":

@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--skip-bad", action="store_true", help="leave bad entries out, list them, and go on")
     args = parser.parse_args()
+    if args.samples_per_shard < 1:
+        parser.error(f"--samples-per-shard {args.samples_per_shard}: expected 1 or more")
     if not args.images.is_dir():
         raise DataError(f"--images {args.images}: no such folder")
     if existing := sorted(args.out.glob("*.tar")):

@@ -9,6 +9,7 @@ Frozen weights are in `hf/` alone: a resumed run takes them from where the run t
 
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -55,7 +56,8 @@ def name_of(step: int) -> str:
 
 def existing(output_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first, by step."""
-    found = {int(m[1]): path for path in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r".*-(\d+)", path.name))}
+    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
+    found = {int(name[1]): output_dir / name[0] for name in names if name}
     return [found[step] for step in sorted(found)]
 
 
@@ -94,7 +96,9 @@ def save(
         pointer.write_text(final.name + "\n")
         _sync(pointer)
         pointer.replace(output_dir / LATEST)
-        for old in existing(output_dir)[:-keep_last] if keep_last else []:
+        # After a resume from an older checkpoint the newest is not the one with the highest step.
+        others = [path for path in existing(output_dir) if path != final]
+        for old in others[: max(0, len(others) + 1 - keep_last)] if keep_last else []:
             shutil.rmtree(old)
     barrier()
     log.info("saved %s", final)
@@ -116,7 +120,10 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
     if resume == "auto":
         if not (output_dir / LATEST).is_file():
             return None
-        path = output_dir / (output_dir / LATEST).read_text().strip()
+        name = (output_dir / LATEST).read_text().strip()
+        if not name:
+            raise CheckpointError(f"{output_dir / LATEST} is empty; name a checkpoint with --resume PATH")
+        path = output_dir / name
     else:
         path = Path(resume)
     _check_whole(path)
@@ -126,6 +133,8 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
 def _check_whole(path: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if not manifest or not isinstance(manifest, dict):
+            raise ValueError("it lists no file")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint: its manifest.json cannot be read ({error})") from error
     for name, size in manifest.items():
@@ -156,18 +165,31 @@ def read_state(path: Path, expected: RunState) -> RunState:
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
-    """Weights and optimizer of a checkpoint into the engine; frozen weights stay as they are. Loads no code."""
+    """Weights and optimizer of a checkpoint into the engine; frozen weights stay as they are. Loads no code.
+
+    Rates, betas and decay stay those of this run's configuration: only what the optimizer has gathered is loaded.
+    Raises CheckpointError where DeepSpeed's files hold anything but tensors, plain values and `SAFE_GLOBALS`.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed itself asks for unpickling of anything
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             loaded, _ = engine.load_checkpoint(str(path), tag=DEEPSPEED, load_module_strict=False)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path}: nothing was loaded: a file in {DEEPSPEED}/ holds {found[1] if found else 'what is no pickle'}, "
+            f"expected tensors and plain values; take the weights alone, with model.init_from={path}"
+        ) from error
     finally:
         os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
         if before is not None:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
     if loaded is None:
         raise CheckpointError(f"{path}: DeepSpeed found nothing to load in {path / DEEPSPEED}")
+    for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(setting)
 
 
 def export(

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import glob
 import json
+import math
 import re
 import types
 import typing
@@ -171,7 +172,9 @@ class Config:
         config = _build(cls, tree, "", errors)
         if not config.run.output_dir:
             config.run.output_dir = f"runs/{config.run.name}"
-        errors += config.validate(world_size)
+        # Of a key that is wrong already, what its default lacks is no second mistake.
+        named = {error.partition(": ")[0] for error in errors}
+        errors += [error for error in config.validate(world_size) if error.partition(": ")[0] not in named]
         if errors:
             raise ConfigError(f"{file}: {len(errors)} mistake{'s' * (len(errors) > 1)}\n  - " + "\n  - ".join(errors))
         return config
@@ -226,7 +229,9 @@ def _override(tree: dict, override: str, errors: list[str]) -> None:
     *sections, name = key.strip().split(".")
     node: Any = tree
     for section in sections:
-        node = node.setdefault(section, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict) and node.get(section) is None:
+            node[section] = {}  # absent, or written without keys
+        node = node[section] if isinstance(node, dict) else None
     if not equals or not name or not isinstance(node, dict):
         errors.append(f"--set {override}: expected section.key=value")
         return
@@ -253,9 +258,11 @@ def _build(cls: type, tree: Any, where: str, errors: list[str]) -> Any:
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(fields)}"
             errors.append(f"{name}: unknown key; {hint}")
     for name, f in fields.items():
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            errors.append(f"{where}.{name}: missing")
-            values[name] = ""
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            if name not in values:
+                errors.append(f"{where}.{name}: missing")
+            if values.get(name, _BAD) is _BAD:
+                values[name] = ""
     return cls(**{name: value for name, value in values.items() if value is not _BAD})
 
 
@@ -269,7 +276,7 @@ def _convert(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is list and isinstance(value, list):
         items = [_convert(arguments[0], item, f"{where}[{i}]", errors) for i, item in enumerate(value)]
-        return [item for item in items if item is not _BAD]
+        return _BAD if any(item is _BAD for item in items) else items
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
@@ -283,8 +290,8 @@ def _convert(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
     if hint is float:
         # YAML reads 1e-4 as text.
         try:
-            if not isinstance(value, bool):
-                return float(value)
+            if not isinstance(value, bool) and math.isfinite(number := float(value)):
+                return number
         except (TypeError, ValueError):
             pass
     elif origin is Literal:
@@ -343,6 +350,9 @@ def _check_data(config: Config) -> list[str]:
     for split in ("train", "eval"):
         for number, source in enumerate(getattr(config.data, split)):
             where = f"data.{split}[{number}].shards"
+            if not source.shards:
+                errors.append(f"{where}: names no tar")
+                continue
             for pattern in [source.shards] if isinstance(source.shards, str) else source.shards:
                 tars = expand_shards(pattern)
                 missing = [str(tar) for tar in tars if not tar.is_file()]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ALLOWED = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
     "zero_optimization", "communication_data_type", "data_types", "prescale_gradients", "gradient_predivide_factor",
-    "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
     "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "memory_breakdown", "aio", "compile",
     "seq_parallel_communication_data_type", "disable_allgather", "timers",
 }  # fmt: skip
@@ -59,6 +59,8 @@ def build(file: Path, config: "Config", world_size: int) -> tuple[dict[str, Any]
     }
     for key, value in owned.items():
         errors += _contradictions(file, key, given.get(key, "auto"), value)
+    if isinstance(given.get("bf16"), dict):
+        owned["bf16"] = {**given["bf16"], **owned["bf16"]}
     merged: dict[str, Any] = {
         # Gradients of the micro-batches are summed in fp32: bf16 would lose the small ones.
         "data_types": {"grad_accum_dtype": "fp32"},

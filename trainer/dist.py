@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
+from tqdm import tqdm
 
 from trainer.errors import ConfigError
 
@@ -51,15 +52,25 @@ def world_from_environment() -> World:
     return World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
 
 
+class _BesideProgressBar(logging.Handler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
 @contextmanager
 def distributed(world: World) -> Iterator[World]:
     """The process group of the job, from start to a clean end."""
     import deepspeed
 
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[_BesideProgressBar()], force=True
+    )
     log.setLevel(logging.INFO if world.is_main else logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if world.world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if world.world_size == 1 and not os.environ.get("RANK"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}

@@ -37,7 +37,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
             parameter.requires_grad_(False)
         if not named:
             errors.append(f"'{pattern}' matches no parameter")
-    if not errors and not any(parameter.requires_grad for parameter in model.parameters()):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         errors.append("everything is frozen: nothing is left to train")
     if errors:
         examples = ", ".join([*PARTS, "language_model.layers.0-11"])

@@ -90,14 +90,15 @@ def load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> MQWenForCo
     errors = []
     if text.vocab_size < len(tokenizer):
         errors.append(
-            f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {len(tokenizer)}"
+            f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {len(tokenizer)}: "
+            f"name the folder of its own tokenizer in model.tokenizer"
         )
     if config.data.max_length > text.seq_length:
         errors.append(f"data.max_length={config.data.max_length} is beyond the model's seq_length={text.seq_length}")
     if config.data.max_length <= model.config.image_context_length:
         errors.append(
             f"data.max_length={config.data.max_length} has no room for text beside an image of "
-            f"{model.config.image_context_length} features"
+            f"{model.config.image_context_length} features: raise it"
         )
     if errors:
         raise ConfigError("; ".join(errors))

@@ -3,6 +3,7 @@
 Understood are `conversations` ({"from", "value"}), `messages` ({"role", "content"}) and `caption`.
 """
 
+import re
 from typing import Any
 
 from trainer.data.samples import IMAGE_MARK, Turn
@@ -11,6 +12,7 @@ from trainer.errors import DataError
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def parse_conversation(record: Any, images: int, caption_prompt: str) -> list[Turn]:
@@ -31,6 +33,9 @@ def parse_conversation(record: Any, images: int, caption_prompt: str) -> list[Tu
         raise DataError(
             f"expected a field 'conversations' (LLaVA), 'messages' or 'caption'; the fields are {sorted(record)}"
         )
+    for turn in turns:
+        if half := _HALF_CHARACTER.search(turn.text):
+            raise DataError(f"half a character ({half[0]!r}, a lone surrogate) at place {half.start()} of a text")
     if not any(turn.role == "assistant" and turn.text for turn in turns):
         raise DataError("the conversation has no answer to learn from (no turn of 'gpt' or 'assistant' with text)")
     return _place_images(turns, images)
@@ -45,7 +50,7 @@ def _turns(entries: Any, field: str, role_field: str, text_field: str) -> list[T
         if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
             raise DataError(f"{where}: expected an object with the texts '{role_field}' and '{text_field}'")
         role = entry.get(role_field)
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
         turns.append(Turn(ROLES[role], entry[text_field]))
     return turns

@@ -7,7 +7,6 @@ is read-only, in a cache folder; it is used as long as the tar's size and time o
 import hashlib
 import os
 import tarfile
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from trainer.errors import DataError
 
-VERSION = 1
+VERSION = 2
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("json", "txt")
 BLOCK = 512
@@ -47,7 +46,7 @@ class ShardIndex:
         return len(self.key_ends)
 
     def key(self, i: int) -> str:
-        return self.key_bytes[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
+        return self.key_bytes[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode(errors="replace")
 
     def members(self, i: int) -> slice:
         """Rows of sample `i` in the member columns."""
@@ -73,8 +72,8 @@ def open_index(tar: Path) -> ShardIndex:
             with np.load(place, allow_pickle=False) as stored:
                 if np.array_equal(stored["stamp"], stamp):
                     return ShardIndex(tar, **{name: stored[name] for name in _COLUMNS})
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-            continue  # absent or unreadable: made anew below
+        except Exception:  # absent, or damaged: numpy and zipfile answer to that with many classes
+            continue  # made anew below
     index = scan(tar)
     for place in _places(tar):
         try:
@@ -95,41 +94,50 @@ def _places(tar: Path) -> list[Path]:
 
 
 def scan(tar: Path) -> ShardIndex:
-    """Reads the headers of a tar. Members `KEY.EXT` (or `KEY.N.EXT`) that stand together make a sample.
+    """Reads the headers of a tar. Members `KEY.EXT` (or `KEY.N.EXT`, ordered by N) that stand together make a sample.
 
-    Raises DataError for a truncated tar, for a sample whose members do not stand together, and for one without text.
+    Raises DataError for a truncated or damaged tar, for a sample whose members do not stand together or come twice, and
+    for one without text.
     """
     keys: list[str] = []
-    members: list[tuple[int, bool, bool, int, int]] = []  # sample, is_image, is_json, offset, size
+    names: set[str] = set()  # of the members of the last sample
+    members: list[tuple[int, int, bool, bool, int, int]] = []  # sample, N, is_image, is_json, offset, size
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, extension = name.partition(".")
-                extension = extension.rpartition(".")[2].lower()
+                number, _, extension = extension.lower().rpartition(".")
                 if not (member.isfile() and stem and dot and extension in IMAGE_EXTENSIONS + TEXT_EXTENSIONS):
                     continue
                 key = f"{folder}/{stem}" if folder else stem
                 if not keys or keys[-1] != key:
                     keys.append(key)
+                    names.clear()
+                if name in names:
+                    raise DataError(f"{tar}: member {member.name} comes twice; each sample needs a key of its own")
+                names.add(name)
+                is_image, position = extension in IMAGE_EXTENSIONS, int(number) if number.isdecimal() else 0
                 members.append(
-                    (len(keys) - 1, extension in IMAGE_EXTENSIONS, extension == "json", member.offset_data, member.size)
+                    (len(keys) - 1, position, is_image, extension == "json", member.offset_data, member.size)
                 )
                 end = member.offset_data + member.size
                 if end > tar.stat().st_size:
                     raise DataError(f"{tar}: truncated: member {member.name} ends at byte {end}, beyond the file")
             _check_end(tar, archive.offset)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
         raise DataError(f"{tar}: not a readable tar ({error}); make the shard again") from error
     if len(set(keys)) < len(keys):
         twice = next(key for i, key in enumerate(keys) if key in keys[:i])
         raise DataError(f"{tar}: the members of sample '{twice}' do not stand together; write them one after another")
 
-    columns = np.array(members, dtype=np.int64).reshape(-1, 5)
+    # By N as a number: writers sort names, and "10.png" comes before "2.png".
+    members.sort(key=lambda member: member[:2])
+    columns = np.array([(sample, *rest) for sample, _, *rest in members], dtype=np.int64).reshape(-1, 5)
     texts = np.bincount(columns[columns[:, 1] == 0, 0], minlength=len(keys))
     if len(keys) and texts.min() == 0:
         raise DataError(f"{tar}: sample '{keys[int(texts.argmin())]}' has no text (.json or .txt)")
-    encoded = [key.encode() for key in keys]
+    encoded = [key.encode(errors="surrogateescape") for key in keys]
     return ShardIndex(
         path=tar,
         key_bytes=np.frombuffer(b"".join(encoded), dtype=np.uint8),
@@ -143,9 +151,20 @@ def scan(tar: Path) -> ShardIndex:
 
 
 def _check_end(tar: Path, offset: int) -> None:
-    """A whole tar ends with a block of zeros; one cut off between two members would otherwise pass as a shorter one."""
+    """A whole tar ends with a block of zeros, and zeros alone follow it.
+
+    One that is cut off between two members, whose headers are damaged or that has another tar appended would otherwise
+    pass as a shorter one.
+    """
     with tar.open("rb") as file:
         file.seek(offset)
         block = file.read(BLOCK)
-    if len(block) < BLOCK:
-        raise DataError(f"{tar}: truncated: the end-of-archive mark is missing; make or copy the shard again")
+        if len(block) < BLOCK:
+            raise DataError(f"{tar}: truncated: the end-of-archive mark is missing; make or copy the shard again")
+        while block:
+            if block.strip(b"\0"):
+                raise DataError(
+                    f"{tar}: the archive ends at byte {offset}, but more than zeros follows: a damaged header, or "
+                    f"several tars in one file; make or copy the shard again"
+                )
+            block = file.read(2**20)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.data.collate import collate
 from trainer.data.conversation import parse_conversation
 from trainer.data.index import ShardIndex
-from trainer.data.order import Slot
+from trainer.data.order import SHARDS_PER_WINDOW, Slot
 from trainer.data.samples import IGNORE_INDEX, Batch, Example, Sample, Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
@@ -24,6 +24,9 @@ from trainer.errors import DataError
 
 PREFETCH_BATCHES = 4
 """Micro-batches each worker keeps ready."""
+
+OPEN_SHARDS = 2 * SHARDS_PER_WINDOW
+"""Files each process holds open at most: those of two windows, far below the usual limit of 1,024."""
 
 
 class ShardDataset(Dataset):
@@ -71,9 +74,14 @@ class ShardDataset(Dataset):
         return Sample(shard.key(slot.sample), images, turns)
 
     def _bytes(self, path: Path, offset: int, size: int) -> bytes:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        content = os.pread(self._files[path], size, offset)
+        try:
+            if path not in self._files:
+                if len(self._files) == OPEN_SHARDS:
+                    os.close(self._files.pop(next(iter(self._files))))
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            content = os.pread(self._files[path], size, offset)
+        except OSError as error:
+            raise DataError(f"the shard cannot be read ({error.strerror})") from error
         if len(content) != size:
             raise DataError(f"expected {size} bytes at offset {offset}, found {len(content)}: the shard has changed")
         return content

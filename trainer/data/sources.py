@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from trainer.data.conversation import ROLES, parse_conversation
 from trainer.data.index import IMAGE_EXTENSIONS
+from trainer.data.transform import decode
 from trainer.errors import DataError
 
 
@@ -64,7 +63,7 @@ def llava_records(
 def _llava_record(number: int, name: str, entry: dict[str, Any], images: Path) -> SourceRecord:
     files = entry.get("image") or []
     files = [files] if isinstance(files, str) else files
-    if not all(isinstance(file, str) for file in files):
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise DataError("'image' must be a file name or a list of file names")
     turns = parse_conversation({"conversations": entry["conversations"]}, len(files), caption_prompt="")
     members: dict[str, bytes | str | dict] = {}
@@ -83,10 +82,9 @@ def read_picture(file: Path) -> bytes:
         raise DataError(f"{file}: shards hold pictures as {', '.join(IMAGE_EXTENSIONS)}")
     try:
         content = file.read_bytes()
-        with Image.open(file) as image:
-            image.load()
+        decode(content)
     except FileNotFoundError as error:
         raise DataError(f"{file}: no such picture") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: the picture cannot be decoded ({error})") from error
+    except (OSError, ValueError, DataError) as error:
+        raise DataError(f"{file}: {error}") from error
     return content

@@ -53,12 +53,10 @@ class ChatTemplate:
 
     def _turn(self, turn: Turn) -> tuple[list[int], list[int]]:
         head = [self.im_start, *self._text(turn.role), *self.newline]
-        if turn.role == "assistant":
-            body = [*self._text(turn.text), self.im_end]
-            labels = body
-        else:
-            body = [*self._content(turn.text), self.im_end]
-            labels = [IGNORE_INDEX] * len(body)
+        # Images stand in the user's turns; elsewhere the mark is text like any other.
+        content = self._content(turn.text) if turn.role == "user" else self._text(turn.text)
+        body = [*content, self.im_end]
+        labels = body if turn.role == "assistant" else [IGNORE_INDEX] * len(body)
         labels = [IGNORE_INDEX] * len(head) + labels + [IGNORE_INDEX] * len(self.newline)
         return head + body + self.newline, labels
 

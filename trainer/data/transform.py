@@ -45,12 +45,12 @@ class ImageTransform:
         short = min(width, height)
         resized = [int(size * width / short), int(size * height / short)]
         offset = [(side - size) // 2 for side in resized]
-        # Of a strip (1 x 3000) only the middle is resized, with a margin wider than the filter: the same pixels without
-        # blowing up what is cut away.
+        # Of an extreme strip (1 x 3000) only the middle is resized, with a margin wider than the filter: the whole
+        # would fill the memory. Pixels may differ a little, for Pillow chooses by size which side it resizes first.
         box = [0.0, 0.0, float(width), float(height)]
         margin = 2 * max(1, -(-size // short)) + 2
         for axis, side in enumerate((width, height)):
-            if resized[axis] > 8 * size:
+            if resized[axis] > 64 * size:
                 zoom, start = resized[axis] / side, offset[axis] - margin
                 box[axis], box[axis + 2] = start / zoom, (start + size + 2 * margin) / zoom
                 resized[axis], offset[axis] = size + 2 * margin, margin
@@ -82,5 +82,7 @@ def decode(encoded: bytes) -> Image.Image:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise DataError("the picture cannot be decoded (its format is not known)") from error
+    except Exception as error:  # of a damaged picture Pillow makes errors of many classes, struct.error among them
         raise DataError(f"the picture cannot be decoded ({error})") from error

@@ -145,6 +145,5 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, *args, pixel_values=None, **kwargs):
         """Transformers' `generate` with pictures (N, 3, H, W); see `MQWenLMHeadModel.generate`."""
         images = None if pixel_values is None or not len(pixel_values) else self.get_image_features(pixel_values)
-        if not args:
-            kwargs.setdefault("generation_config", self.generation_config)
+        self.language_model.generation_config = self.generation_config
         return self.language_model.generate(inputs, *args, images=images, **kwargs)

@@ -1,0 +1,67 @@
+"""Two steps of stage 1 at true size, with random weights: does it fit, and in how much memory?
+
+    python benchmarks/real_size.py --work DIR [--tiktoken qwen.tiktoken]
+
+Makes folders in the layouts of Qwen-1.8B and CLIP-ViT-L/14 and a few shards in DIR (13 GB with the checkpoint, kept for
+the next time), then trains on one rank under ZeRO-2 in bf16. Prints the losses and the peak memory of the process.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "launch"))
+
+from demo_task import write_shards, write_vocabulary  # noqa: E402
+
+LIMIT_GIB = 20
+STEPS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for weights, shards and the run")
+    parser.add_argument("--tiktoken", type=Path, help="the real vocabulary; by default a small one is made")
+    args = parser.parse_args()
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    vocabulary = args.tiktoken
+    if vocabulary is None:
+        vocabulary = work / "small.tiktoken"
+        write_vocabulary(vocabulary, seed=0)
+    models = [sys.executable, str(ROOT / "benchmarks" / "random_models.py"), "--out", str(work)]
+    subprocess.run([*models, "--tiktoken", str(vocabulary)], check=True)
+    if not (work / "shards").exists():
+        write_shards(work / "shards", 8, seed=0, with_questions=True)
+
+    run = work / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    settings = [
+        f"run.output_dir={run}", f"model.language_model={work / 'Qwen-1_8B'}",
+        f"model.vision_tower={work / 'clip-vit-large-patch14'}",
+        f"data.train=[{{name: drawn, shards: '{work}/shards/*.tar'}}]", "data.num_workers=1", "train.epochs=null",
+        f"train.max_steps={STEPS}", "train.global_batch_size=2", "train.micro_batch_size=1", "train.bf16=true",
+    ]  # fmt: skip
+    started = time.monotonic()
+    train = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", "stage1", "--resume", "none"]
+    subprocess.run([*train, "--set", *settings], cwd=ROOT, check=True)
+    # Of the largest child: the training process.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        print(
+            f"step {line['step']}: loss {line['loss']:.4f}, grad norm {line['grad_norm']:.3f}, {line['tokens']} tokens"
+        )
+    print(f"peak memory {peak:.1f} GiB (limit {LIMIT_GIB}), {time.monotonic() - started:.0f} s")
+    if len(lines) != STEPS or peak > LIMIT_GIB:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

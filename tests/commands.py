@@ -1,0 +1,23 @@
+"""Runs the project's commands as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*args: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the repository, with this Python's folder first on the path. Its output is kept."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        args, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def deepspeed(*args: str, ranks: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`deepspeed launch/train.py` on so many ranks; fails the test, with the output, if it fails."""
+    done = command("deepspeed", "--num_gpus", str(ranks), "launch/train.py", *args, timeout=timeout)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done

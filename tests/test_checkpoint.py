@@ -1,0 +1,271 @@
+"""A checkpoint is whole or it is not there, belongs to one stream of samples, and runs no code."""
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from trainer.checkpoint import RunState, existing, find_resume, read_state
+from trainer.config import Config
+from trainer.errors import CheckpointError
+
+
+class Planted:
+    """A pickle that, when it is loaded, writes a file."""
+
+    def __init__(self, file: str):
+        self.file = file
+
+    def __reduce__(self):
+        return exec, (f"open({self.file!r}, 'w').close()",)
+
+
+def plant_in_tensors(file: Path, content: Planted) -> None:
+    """As a further entry of a file of DeepSpeed's, in the format of `torch.save`."""
+    entries = torch.load(file, weights_only=False)
+    torch.save({**entries, "planted": content}, file)
+
+
+def plant_bare(file: Path, content: Planted) -> None:
+    file.write_bytes(pickle.dumps(content))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*checkpoint-*"))
+
+
+def saved_and_attacked(world, config_file: str, out: str) -> dict:
+    """What a few steps, each with a checkpoint, leave behind; and what happens to checkpoints with code in them."""
+    from trainer import checkpoint
+    from trainer.train import setup, train
+
+    def config(folder: Path, keep_last: int, *changes: str) -> Config:
+        settings = [f"run.output_dir={folder}", f"checkpoint.keep_last={keep_last}", "checkpoint.save_steps=1",
+                    "train.max_steps=5", "train.micro_batch_size=8", "data.num_workers=0"]  # fmt: skip
+        return Config.load(config_file, [*settings, *changes], world.world_size)
+
+    run, branch = Path(out, "run"), Path(out, "branch")
+    leftover = run / ".checkpoint-000005.partial"  # of a save that was killed
+    leftover.mkdir(parents=True)
+    (leftover / "half.pt").write_text("half")
+    (run / "checkpoint-best-000001").mkdir()  # a name of the user's own
+    state = setup(config(run, keep_last=3), world, "none")
+    train(state)
+    state.engine.destroy()
+    found = {"after the run": names(run)}
+
+    # Back to step 3 of 5, and on to step 4, keeping one, with another rate and decay.
+    shutil.copytree(run, branch)
+    changes = "optim.learning_rate=0.125", "optim.weight_decay=0.25", "optim.betas=[0.5, 0.75]"
+    state = setup(config(branch, 1, *changes), world, str(branch / "checkpoint-000003"))
+    groups = state.engine.optimizer.param_groups
+    found["rates of the branch"] = [(g["part"], g["peak_lr"], g["weight_decay"], tuple(g["betas"])) for g in groups]
+    train(state, until=4)
+    found["after the branch"] = names(branch), (branch / "latest").read_text().strip()
+
+    for file in sorted((run / "checkpoint-000005" / "deepspeed").iterdir()):
+        for plant in (plant_in_tensors, plant_bare):
+            attacked, sign = Path(out, "attacked"), Path(out, "it-ran")
+            shutil.copytree(run / "checkpoint-000005", attacked)
+            target = attacked / "deepspeed" / file.name
+            plant(target, Planted(str(sign)))
+            with target.open("rb") as content:
+                armed = pickle.load(content) if plant is plant_bare else torch.load(content, weights_only=False)
+            assert sign.exists(), f"nothing was planted: {armed}"
+            sign.unlink()
+            try:
+                checkpoint.load(state.engine, attacked)
+                error = None
+            except Exception as raised:
+                error = f"{type(raised).__name__}: {raised}"
+            found[f"{file.name}, {plant.__name__}"] = error, sign.exists()
+            shutil.rmtree(attacked)
+    state.engine.destroy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny_run, tmp_path_factory) -> tuple[Path, dict]:
+    """(the run of five steps, what was found on the way)."""
+    out = tmp_path_factory.mktemp("checkpoints")
+    (found,) = run_ranks(saved_and_attacked, 1, str(tiny_run), str(out))
+    return out / "run", found
+
+
+@pytest.fixture
+def run(outcome, tmp_path) -> Path:
+    """A copy of the run, to be damaged. Its newest checkpoint is of step 5."""
+    return Path(shutil.copytree(outcome[0], tmp_path / "run"))
+
+
+# --- Saving ---
+
+
+def test_oldest_are_removed_and_leftovers_replaced(outcome):
+    # Five saves, three kept; of the half save nothing is left, and names that are not ours are left alone.
+    assert outcome[1]["after the run"] == [
+        "checkpoint-000003", "checkpoint-000004", "checkpoint-000005", "checkpoint-best-000001",
+    ]  # fmt: skip
+
+
+def test_newest_is_kept_even_where_others_have_higher_steps(outcome):
+    assert outcome[1]["after the branch"] == (["checkpoint-000004", "checkpoint-best-000001"], "checkpoint-000004")
+
+
+def test_checkpoint_holds_what_its_manifest_lists(run):
+    folder = run / "checkpoint-000005"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    assert manifest == {name: size for name, size in files.items() if name != "manifest.json"}
+    assert {"state.json", "hf/config.json", "hf/model.safetensors"} < manifest.keys()
+    assert any(name.startswith("deepspeed/") for name in manifest)
+    assert not any("half" in name for name in files)
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path):
+    # As text, a million comes before 999,999.
+    for name in ("checkpoint-1000000", "checkpoint-999999", "checkpoint-000010", ".checkpoint-000011.partial"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in existing(tmp_path)] == [
+        "checkpoint-000010", "checkpoint-999999", "checkpoint-1000000",
+    ]  # fmt: skip
+
+
+# --- Which checkpoint a run goes on from ---
+
+
+def test_auto_takes_what_latest_names(run):
+    assert find_resume(run, "auto") == run / "checkpoint-000005"
+    (run / "latest").write_text("checkpoint-000003\n")
+    assert find_resume(run, "auto") == run / "checkpoint-000003"
+
+
+def test_auto_starts_anew_where_nothing_was_saved(tmp_path):
+    assert find_resume(tmp_path / "new", "auto") is None
+    (tmp_path / ".checkpoint-000001.partial").mkdir()  # killed in its first save
+    assert find_resume(tmp_path, "auto") is None
+
+
+def test_none_starts_anew_but_not_over_checkpoints(run, tmp_path):
+    assert find_resume(tmp_path / "new", "none") is None
+    with pytest.raises(CheckpointError, match="holds checkpoints.*--resume auto.*another run.output_dir"):
+        find_resume(run, "none")
+
+
+def test_path_names_a_checkpoint_of_any_run(run, tmp_path):
+    path = run / "checkpoint-000004"
+    assert find_resume(tmp_path / "new", str(path)) == path
+    for wrong in (run, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=f"{wrong}: not a whole checkpoint"):
+            find_resume(run, str(wrong))
+
+
+@pytest.mark.parametrize("resume", ["auto", "PATH"])
+@pytest.mark.parametrize("name", ["hf/model.safetensors", "state.json", "deepspeed/*optim_states.pt"])
+def test_truncated_file_is_named_with_both_sizes(run, name, resume):
+    folder = run / "checkpoint-000005"
+    (file,) = folder.glob(name)
+    whole = file.stat().st_size
+    with file.open("r+b") as content:
+        content.truncate(whole - 1)
+    with pytest.raises(CheckpointError) as raised:
+        find_resume(run, str(folder) if resume == "PATH" else resume)
+    said = f"{folder}: not whole: {file.relative_to(folder)} should have {whole} bytes, found {whole - 1} bytes"
+    assert str(raised.value).startswith(said)
+
+
+def test_missing_file_is_named(run):
+    (run / "checkpoint-000005" / "hf" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"hf/config.json should have \d+ bytes, found missing"):
+        find_resume(run, "auto")
+
+
+@pytest.mark.parametrize("content", [None, "", '{"state.json": 1', "[]", "{}"])
+def test_checkpoint_without_a_manifest_is_not_whole(run, content):
+    manifest = run / "checkpoint-000005" / "manifest.json"
+    manifest.unlink()
+    if content is not None:
+        manifest.write_text(content)
+    with pytest.raises(CheckpointError, match="checkpoint-000005: not a whole checkpoint: its manifest.json"):
+        find_resume(run, "auto")
+
+
+@pytest.mark.parametrize("content", ["", "\n"])
+def test_empty_latest_is_an_error_and_no_new_start(run, content):
+    # It is there, so there was a checkpoint: to begin again over it would lose the run.
+    (run / "latest").write_text(content)
+    with pytest.raises(CheckpointError, match="latest is empty.*--resume PATH"):
+        find_resume(run, "auto")
+
+
+def test_latest_that_names_what_is_gone(run):
+    shutil.rmtree(run / "checkpoint-000005")
+    with pytest.raises(CheckpointError, match="checkpoint-000005: not a whole checkpoint.*No such file"):
+        find_resume(run, "auto")
+
+
+def test_rates_are_those_of_the_configuration_that_resumes(outcome):
+    # The optimizer in the checkpoint remembers those it was saved with: 0.002 and a decay of 0.01.
+    betas = (0.5, 0.75)
+    assert outcome[1]["rates of the branch"] == [
+        ("projector", 0.005, 0.25, betas), ("projector", 0.005, 0.0, betas),
+        ("language_model", 0.125, 0.25, betas), ("language_model", 0.125, 0.0, betas),
+    ]  # fmt: skip
+
+
+# --- Whose samples ---
+
+
+@pytest.fixture
+def state(run) -> RunState:
+    return RunState(**json.loads((run / "checkpoint-000005" / "state.json").read_text()))
+
+
+def test_state_of_the_same_samples_is_read(run, state):
+    assert (state.step, state.seed, state.global_batch_size) == (5, 42, 8)
+    assert read_state(run / "checkpoint-000005", replace(state, step=0)) == state
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 43}, ["run.seed was 42, is 43"]),
+        ({"global_batch_size": 16}, ["train.global_batch_size was 8, is 16"]),
+        ({"shards": "0" * 16}, ["fingerprint of the training shards was", "is 0000000000000000"]),
+        ({"seed": 1, "global_batch_size": 4}, ["run.seed was 42, is 1", "train.global_batch_size was 8, is 4"]),
+        ({"format": 2}, ["format was 1, is 2"]),
+    ],
+)
+def test_other_stream_of_samples_is_refused_by_name(run, state, changes, said):
+    path = run / "checkpoint-000005"
+    with pytest.raises(CheckpointError) as raised:
+        read_state(path, replace(state, **changes))
+    assert all(text in str(raised.value) for text in said)
+    assert str(raised.value).count(" was ") == len(changes)
+    assert f"model.init_from={path}" in str(raised.value)  # the way out
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"step": 5, "code": "x"}', "[5]"])
+def test_state_that_cannot_be_read(run, state, content):
+    (run / "checkpoint-000005" / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="its state.json cannot be read"):
+        read_state(run / "checkpoint-000005", state)
+
+
+# --- Data is never code ---
+
+
+def test_pickle_in_a_file_of_deepspeed_is_refused_and_not_run(outcome):
+    attacks = {name: result for name, result in outcome[1].items() if "plant" in name}
+    assert len(attacks) == 4  # two files, two ways
+    for name, (error, it_ran) in attacks.items():
+        assert not it_ran, name
+        assert error is not None, f"{name}: was loaded"
+        assert error.startswith("CheckpointError: "), f"{name}: {error}"
+        assert "attacked" in error, f"{name}: {error}"
+        assert "weights_only" not in error, f"{name}: advises to load it all the same: {error}"

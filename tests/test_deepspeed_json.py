@@ -1,0 +1,139 @@
+"""DeepSpeed's JSON: what "auto" becomes, and what is refused that DeepSpeed would accept in silence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from trainer.config import Config, OptimConfig, TrainConfig
+from trainer.deepspeed_json import ALLOWED, build, offloads_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "ds_configs").glob("*.json"))
+
+# 48 samples a step, 4 at a time, on 3 ranks: 48 / (4 x 3) = 4 steps of accumulation.
+CONFIG = Config(
+    train=TrainConfig(global_batch_size=48, micro_batch_size=4, bf16=True), optim=OptimConfig(max_grad_norm=0.5)
+)
+
+
+@pytest.fixture
+def built(tmp_path):
+    """Builds from a JSON object, or from text: (what the engine gets, mistakes with the file's name left out)."""
+
+    def build_from(content, config: Config = CONFIG, world_size: int = 3) -> tuple[dict, list[str]]:
+        file = tmp_path / "zero.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        settings, errors = build(file, config, world_size)
+        assert all(error.startswith(f"deepspeed: {file}") for error in errors)
+        return settings, [error.removeprefix(f"deepspeed: {file}").lstrip(": ") for error in errors]
+
+    return build_from
+
+
+OWNED = {
+    "train_batch_size": 48, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4,
+    "gradient_clipping": 0.5, "bf16": {"enabled": True},
+}  # fmt: skip
+AUTO = {**dict.fromkeys(OWNED, "auto"), "bf16": {"enabled": "auto"}}
+
+
+@pytest.mark.parametrize("given", [AUTO, {}, OWNED, {"bf16": "auto"}], ids=["auto", "absent", "equal", "bf16 auto"])
+def test_yaml_fills_what_it_owns(built, given):
+    settings, errors = built({**given, "zero_optimization": {"stage": 2}})
+    assert errors == []
+    assert {key: settings[key] for key in OWNED} == OWNED
+    assert settings["zero_optimization"] == {"stage": 2}
+
+
+def test_file_keeps_what_it_owns(built):
+    settings, errors = built(
+        {"bf16": {"enabled": "auto", "check_grad_overflow": True}, "wall_clock_breakdown": True, "steps_per_print": 7,
+         "data_types": {"grad_accum_dtype": "bf16"}}
+    )  # fmt: skip
+    assert errors == []
+    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert (settings["wall_clock_breakdown"], settings["steps_per_print"]) == (True, 7)
+    assert settings["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def test_gradients_are_summed_in_fp32_unless_the_file_says_otherwise(built):
+    assert built({})[0]["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_contradictions_are_named_with_both_values(built):
+    given = {"train_batch_size": 64, "gradient_clipping": 1.0, "bf16": {"enabled": False},
+             "gradient_accumulation_steps": 4}  # fmt: skip
+    _, errors = built(given)
+    # The accumulation of 4 is what the YAML makes it: no contradiction.
+    assert errors == [
+        'train_batch_size is 64, but the YAML makes it 48; write "auto" there',
+        'gradient_clipping is 1.0, but the YAML makes it 0.5; write "auto" there',
+        'bf16.enabled is False, but the YAML makes it True; write "auto" there',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("gradient_cliping", "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
+        ("zero_optimisation", "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ("qwertz", "unknown key 'qwertz'"),
+        # DeepSpeed 0.19.8 has removed it and stops, but only once the engine is built.
+        ("sparse_gradients", "unknown key 'sparse_gradients'"),
+    ],
+)
+def test_unknown_key_names_the_nearest(built, key, said):
+    (error,) = built({key: True})[1]
+    assert error.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("key", "home"),
+    [("optimizer", "optim"), ("scheduler", "optim"), ("fp16", "train.bf16"), ("amp", "train.bf16"),
+     ("activation_checkpointing", "model.activation_checkpointing"), ("tensorboard", "curves")],
+)  # fmt: skip
+def test_keys_of_the_yaml_are_refused_with_their_home(built, key, home):
+    (error,) = built({key: {}})[1]
+    assert error.startswith(f"'{key}' does not belong here")
+    assert home in error
+
+
+def test_all_mistakes_come_at_once(built):
+    _, errors = built({"optimizer": {}, "gradient_cliping": 1, "train_batch_size": 1})
+    assert len(errors) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"bf16": ', "is not readable JSON"), ("[1]", "expected an object, found a list")]
+)
+def test_file_that_is_no_object_of_json(built, text, said):
+    settings, (error,) = built(text)
+    assert settings == {}
+    assert said in error
+
+
+def test_offloaded_optimizer_is_recognised():
+    offloads = {file.stem: offloads_optimizer(json.loads(file.read_text())) for file in FILES}
+    assert offloads == {"zero2": False, "zero3": False, "zero3_offload": True}
+    for zero in ({}, {"offload_optimizer": None}, {"offload_optimizer": {"device": "none"}}):
+        assert not offloads_optimizer({"zero_optimization": zero})
+    assert not offloads_optimizer({})
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_deepspeed_reads_the_files_of_the_repository_as_meant(file, bf16):
+    # Independently: DeepSpeed's own reader, which on one process takes 48 / 4 = 12 steps of accumulation.
+    config = Config(train=TrainConfig(global_batch_size=48, micro_batch_size=4, bf16=bf16), optim=CONFIG.optim)
+    settings, errors = build(file, config, world_size=1)
+    assert errors == []
+    assert set(settings) <= ALLOWED
+    read = DeepSpeedConfig(settings)
+    assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (48, 4, 12)
+    assert (read.bfloat16_config.enabled, read.gradient_clipping) == (bf16, 0.5)
+    assert read.zero_config.stage == (2 if file.stem == "zero2" else 3)
+    assert read.zero_config.reduce_bucket_size == 200_000_000
+    assert read.grad_accum_dtype == "fp32"
+    assert (read.zero_config.offload_optimizer is not None) == offloads_optimizer(settings)

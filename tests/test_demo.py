@@ -1,0 +1,84 @@
+"""`make demo`, whole: the report, and the curves in a real browser."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from commands import ROOT, command
+from PIL import Image
+
+pytestmark = pytest.mark.long
+DEMO = ROOT / "runs" / "demo"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Path:
+    done = command("python", "launch/demo.py", timeout=1500)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return DEMO
+
+
+def test_model_describes_pictures_it_never_saw_and_looks_at_them(demo):
+    report = json.loads((demo / "report.json").read_text())
+    assert report["held_out_images"] >= 200
+    assert report["exact_match"] >= 0.95
+    assert report["exact_match_shuffled"] <= 0.05
+    with Image.open(demo / "captions.png") as sheet:
+        assert len(sheet.getcolors(1 << 20)) > 50
+
+
+@pytest.fixture
+def tensorboard(demo):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--logdir", str(demo), "--host", "127.0.0.1", "--port", str(port), "--load_fast", "false"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                runs = json.load(urllib.request.urlopen(f"{url}/data/runs", timeout=5))
+                if len(runs) >= 2:
+                    break
+            except OSError:
+                pass
+            time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def test_tensorboard_shows_the_loss_curves_of_both_stages(demo, tensorboard, tmp_path):
+    tags = json.load(urllib.request.urlopen(f"{tensorboard}/data/plugin/scalars/tags", timeout=30))
+    assert {"stage1/tensorboard", "stage2/tensorboard"} <= tags.keys()
+    for run in ("stage1/tensorboard", "stage2/tensorboard"):
+        assert {"train/loss", "eval/loss", "train/grad_norm"} <= tags[run].keys()
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed: .ci/run installs it")
+    screenshot = demo / "tensorboard.png"
+    screenshot.unlink(missing_ok=True)
+    # The scalars page draws in SVG; the newer time-series page needs WebGL, which a headless browser may be without.
+    page = f"{tensorboard}/?darkMode=false#scalars&tagFilter=loss&_smoothingWeight=0"
+    command(
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--window-size=1400,1000",
+        "--virtual-time-budget=60000", f"--screenshot={screenshot}", page, timeout=180,
+    )  # fmt: skip
+    with Image.open(screenshot) as shot:
+        charts = shot.convert("RGB").crop((370, 210, 1100, 420))  # eval/loss and train/loss
+        pixels = {colour: count for count, colour in charts.getcolors(1 << 22)}
+    # Each stage's curve is drawn in the colour of its run: a page that did not load is grey and white there.
+    for run_colour in ((255, 112, 67), (0, 119, 187)):
+        assert pixels.get(run_colour, 0) > 100, pixels

@@ -1,0 +1,72 @@
+"""Who a process is, from what a launcher left in its environment."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from trainer.dist import World, world_from_environment
+from trainer.errors import ConfigError
+
+ALL = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets exactly these of the launcher's variables."""
+
+    def set_to(variables: dict[str, str]) -> None:
+        for name in ALL:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+def test_without_a_launcher_a_process_is_alone(environment):
+    environment({})
+    assert world_from_environment() == World(rank=0, world_size=1, local_rank=0)
+    assert world_from_environment().is_main
+
+
+def test_launcher_gives_the_place(environment):
+    environment(ALL)
+    world = world_from_environment()
+    assert world == World(rank=5, world_size=8, local_rank=1)
+    assert not world.is_main
+
+
+@pytest.mark.parametrize("missing", [["WORLD_SIZE"], ["MASTER_ADDR", "MASTER_PORT"], ["RANK", "WORLD_SIZE"]])
+@pytest.mark.parametrize("empty", [True, False])
+def test_half_an_environment_names_what_is_missing(environment, missing, empty):
+    rest = {name: value for name, value in ALL.items() if name not in missing}
+    environment({**rest, **(dict.fromkeys(missing, "") if empty else {})})
+    with pytest.raises(ConfigError) as raised:
+        world_from_environment()
+    said = str(raised.value)
+    assert f"sets {', '.join(sorted(rest))} but not {', '.join(missing)}:" in said
+    assert "torchrun" in said
+
+
+@pytest.mark.parametrize("inherited", [{}, {"MASTER_ADDR": "node-1"}, {"MASTER_PORT": "29500", "MASTER_ADDR": ""}])
+def test_address_alone_is_no_launcher(environment, inherited):
+    # Clusters export MASTER_ADDR in every shell; a process without a rank is alone all the same.
+    environment(inherited)
+    assert world_from_environment() == World()
+
+
+def test_lone_process_has_a_group_wherever_it_is_started():
+    code = (
+        "from trainer.dist import *\n"
+        "with distributed(world_from_environment()) as world:\n"
+        "    barrier(); print(sum_over_ranks([1.5, 2.0], world.device))\n"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name not in ALL}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**inherited, "MASTER_ADDR": "node-1"}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "[1.5, 2.0]" in done.stdout

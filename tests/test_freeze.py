@@ -1,0 +1,136 @@
+"""What a pattern freezes, by name, and what is said about a pattern that cannot be meant."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig
+
+from trainer.errors import ConfigError
+from trainer.freeze import PARTS, freeze, part_of, table
+from trainer.models.configuration_mqwen_vl import MQWenVLConfig
+from trainer.models.configuration_qwen import QWenConfig
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+
+
+@pytest.fixture
+def model() -> MQWenForConditionalGeneration:
+    """Twelve layers of Qwen, so that layer 1 is also a beginning of 10 and 11, and three of CLIP. Without weights."""
+    text = QWenConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, kv_channels=8, intermediate_size=24
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    with torch.device("meta"):
+        return MQWenForConditionalGeneration(MQWenVLConfig(text, vision, image_token_id=49))
+
+
+QWEN_LAYER = ["ln_1.weight", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "ln_2.weight",
+              "mlp.w1.weight", "mlp.w2.weight", "mlp.c_proj.weight"]  # fmt: skip
+CLIP_LAYER = [
+    f"{module}.{kind}"
+    for module in ("layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+                   "layer_norm2", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")
+]  # fmt: skip
+PROJECTOR = [f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
+
+
+def qwen_layers(*numbers: int) -> set[str]:
+    return {f"language_model.transformer.h.{n}.{name}" for n in numbers for name in QWEN_LAYER}
+
+
+def clip_layers(*numbers: int) -> set[str]:
+    return {f"vision_tower.encoder.layers.{n}.{name}" for n in numbers for name in CLIP_LAYER}
+
+
+QWEN = qwen_layers(*range(12)) | {
+    f"language_model.{name}" for name in ("transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight")
+}
+
+
+def frozen(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("projector", set(PROJECTOR)),
+        ("language_model", QWEN),
+        ("language_model.layers.0-3", qwen_layers(0, 1, 2, 3)),  # both ends
+        ("language_model.layers.1-1", qwen_layers(1)),  # and not 10 and 11
+        ("language_model.layers.10-11", qwen_layers(10, 11)),
+        ("vision_tower.layers.0-1", clip_layers(0, 1)),
+        (r"\.ln_[12]\.", {name for name in QWEN if ".ln_1." in name or ".ln_2." in name}),
+        (r"h\.(4|5)\.attn\.c_proj", {f"language_model.transformer.h.{n}.attn.c_proj.weight" for n in (4, 5)}),
+        ("wte", {"language_model.transformer.wte.weight"}),
+    ],
+)
+def test_pattern_freezes_exactly(model, pattern, expected):
+    freeze(model, [pattern])
+    assert frozen(model) == expected
+
+
+def test_part_vision_tower_is_all_of_clip(model):
+    freeze(model, ["vision_tower"])
+    assert frozen(model) == {f"vision_tower.{name}" for name, _ in model.vision_tower.named_parameters()}
+    assert clip_layers(0, 1, 2) < frozen(model)
+
+
+def test_patterns_add_up(model):
+    freeze(model, ["language_model.layers.0-9", "language_model.layers.8-10", "wte", "projector"])
+    expected = qwen_layers(*range(11)) | {"language_model.transformer.wte.weight", *PROJECTOR}
+    assert frozen(model) == expected
+
+
+def test_nothing_frozen_without_patterns(model):
+    freeze(model, [])
+    assert frozen(model) == set()
+
+
+def test_bad_patterns_and_nothing_left_are_reported_together(model):
+    patterns = ["vision_tower", "language_model", "multi_modal", "adapter", "h.(4", "language_model.layers.5-2",
+                "projector.layers.0-1"]  # fmt: skip
+    with pytest.raises(ConfigError) as raised:
+        freeze(model, patterns)
+    found = str(raised.value)
+    assert found.startswith("freeze: ")
+    assert "'adapter' matches no parameter" in found
+    assert "'h.(4' is not a regular expression (missing ), unterminated subpattern" in found
+    assert "'language_model.layers.5-2' matches no parameter" in found
+    assert "'projector.layers.0-1' matches no parameter" in found
+    assert "everything is frozen" in found
+    assert "written vision_tower, projector, language_model, language_model.layers.0-11" in found
+    assert found.count("matches no parameter") == 3
+
+
+def test_everything_frozen_is_a_mistake(model):
+    with pytest.raises(ConfigError, match="everything is frozen: nothing is left to train"):
+        freeze(model, list(PARTS))
+    with pytest.raises(ConfigError, match="everything is frozen"):
+        freeze(model, ["."])
+
+
+def test_every_parameter_belongs_to_one_part(model):
+    modules = {"vision_tower": model.vision_tower, "projector": model.multi_modal_projector,
+               "language_model": model.language_model}  # fmt: skip
+    counts = dict.fromkeys(modules, 0)
+    for name, _ in model.named_parameters():
+        counts[part_of(name)] += 1
+    assert counts == {part: len(list(module.parameters())) for part, module in modules.items()}
+
+
+def test_table_counts_parameters(model):
+    freeze(model, ["vision_tower", "language_model.layers.0-9", "lm_head"])
+    # Qwen: a layer has norms 2 x 16, c_attn 16 x 48 + 48, c_proj 16 x 16, MLP 3 x 16 x 12 = 1680; embedding and head
+    # 50 x 16 = 800 each, last norm 16. 12 x 1680 + 1600 + 16 = 21,776; training 2 x 1680 + 800 + 16 = 4,176.
+    # Projector: 8 x 16 + 16 + 16 x 16 + 16 = 416.
+    # CLIP: a layer has norms 4 x 8, attention 4 x (8 x 8 + 8), MLP 8 x 12 + 12 + 12 x 8 + 8 = 532; class token 8, patches
+    # 3 x 4 x 4 x 8 = 384, places (4 + 1) x 8 = 40, two norms 32. 3 x 532 + 464 = 2,060.
+    head, *rows = (line.split() for line in table(model).splitlines())
+    assert head == ["part", "parameters", "trained"]
+    assert rows == [
+        ["vision_tower", "2,060", "0"],
+        ["projector", "416", "416"],
+        ["language_model", "21,776", "4,176"],
+        ["total", "24,252", "4,592"],
+    ]
