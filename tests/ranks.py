@@ -18,7 +18,7 @@ def free_port() -> int:
 def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple, results: Any) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # the models are tiny
     from trainer.dist import distributed, world_from_environment
 
     with distributed(world_from_environment()) as world:

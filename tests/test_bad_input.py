@@ -24,8 +24,8 @@ def launch(tiny_run, tmp_path):
     """Runs launch/train.py on the tiny configuration with overrides: what it says on stderr when it gives up."""
 
     def train(*overrides: str) -> str:
-        command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(tiny_run), "--set",
-                   f"run.output_dir={tmp_path}/run", "data.num_workers=0", "checkpoint.save_steps=1", *overrides]  # fmt: skip
+        settings = f"run.output_dir={tmp_path}/run", "data.num_workers=0", "checkpoint.save_steps=1", *overrides
+        command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(tiny_run), "--set", *settings]
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {name: value for name, value in os.environ.items() if name not in launcher}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -51,8 +51,8 @@ def test_mistakes_in_the_configuration(launch, tiny_run, tmp_path):
         f"  - model.vision_tower: {tiny_run.parent}/tiny-qwen is of architecture 'qwen', expected 'clip' or "
         "'clip_vision_model'",
         f"  - data.train[0].shards: '{tmp_path}/*.tar' matches no file",
-        "  - train.global_batch_size=7 is not a multiple of micro_batch_size x world size (2 x 1); nearest valid values: "
-        "6, 8",
+        "  - train.global_batch_size=7 is not a multiple of micro_batch_size x world size (2 x 1); nearest valid "
+        "values: 6, 8",
     ]
     assert not (tmp_path / "run").exists()
 

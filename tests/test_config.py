@@ -62,8 +62,9 @@ def test_default_then_yaml_then_set(load, tree):
 def test_later_set_wins_and_values_are_yaml(load, tree):
     shards = tree["data"]["train"][0]["shards"]
     config = load(
-        tree, "run.seed=1", "run.seed=2", "train.bf16=true", "data.system_prompt=''", "freeze=[projector, vision_tower]",
-        f"data.eval=[{{name: held-out, shards: '{shards}'}}]", "data.caption_prompt=a = b?",
+        tree, "run.seed=1", "run.seed=2", "train.bf16=true", "data.system_prompt=''",
+        "freeze=[projector, vision_tower]", f"data.eval=[{{name: held-out, shards: '{shards}'}}]",
+        "data.caption_prompt=a = b?",
     )  # fmt: skip
     assert config.run.seed == 2
     assert config.train.bf16 is True
@@ -229,7 +230,10 @@ def test_one_mistake_gives_one_line(mistakes, tree, section, value, said):
     ("source", "said"),
     [
         ({"name": "a", "shards": 5}, "data.train[0].shards: expected text or a list of text, found 5"),
-        ({"name": "a", "shards": [5, "TAR"]}, "data.train[0].shards: expected text or a list of text, found [5, 'TAR']"),
+        (
+            {"name": "a", "shards": [5, "TAR"]},
+            "data.train[0].shards: expected text or a list of text, found [5, 'TAR']",
+        ),
         ({"shards": "TAR"}, "data.train[0].name: missing"),
         ({"name": 5, "shards": "TAR"}, "data.train[0].name: expected text, found 5"),
         ({"name": "a", "shards": "TAR", "wieght": 2}, "data.train[0].wieght: unknown key; known are name, shards"),
@@ -242,7 +246,8 @@ def test_sources_are_checked_like_sections(mistakes, tree, tars, source, said):
 
 
 @pytest.mark.parametrize(
-    ("key", "near"), [("train.global_batchsize", "global_batch_size"), ("data.evaluation", None), ("trian.bf16", "train")]
+    ("key", "near"),
+    [("train.global_batchsize", "global_batch_size"), ("data.evaluation", None), ("trian.bf16", "train")],
 )
 def test_unknown_key_names_the_nearest(mistakes, tree, key, near):
     section, name = key.split(".")
@@ -361,9 +366,7 @@ def test_every_key_has_a_row_and_a_meaning():
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("file", sorted((ROOT / "launch" / "configs").glob("*.yaml")), ids=lambda file: file.stem)
-def test_configs_of_the_repository_are_right_where_their_paths_exist(
-    file, world_size, tiny_run, tmp_path, monkeypatch
-):
+def test_configs_of_the_repository_are_right_where_their_paths_exist(file, world_size, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tree = yaml.safe_load(file.read_text())
     for name, tiny in (("language_model", "tiny-qwen"), ("vision_tower", "tiny-clip"), ("init_from", "tiny-qwen")):

@@ -7,7 +7,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from trainer.config import Config, OptimConfig, TrainConfig
-from trainer.deepspeed_json import ALLOWED, build, offloads_optimizer
+from trainer.deepspeed_json import ALLOWED, build
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -114,14 +114,6 @@ def test_file_that_is_no_object_of_json(built, text, said):
     assert said in error
 
 
-def test_offloaded_optimizer_is_recognised():
-    offloads = {file.stem: offloads_optimizer(json.loads(file.read_text())) for file in FILES}
-    assert offloads == {"zero2": False, "zero3": False, "zero3_offload": True}
-    for zero in ({}, {"offload_optimizer": None}, {"offload_optimizer": {"device": "none"}}):
-        assert not offloads_optimizer({"zero_optimization": zero})
-    assert not offloads_optimizer({})
-
-
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_deepspeed_reads_the_files_of_the_repository_as_meant(file, bf16):
@@ -136,4 +128,4 @@ def test_deepspeed_reads_the_files_of_the_repository_as_meant(file, bf16):
     assert read.zero_config.stage == (2 if file.stem == "zero2" else 3)
     assert read.zero_config.reduce_bucket_size == 200_000_000
     assert read.grad_accum_dtype == "fp32"
-    assert (read.zero_config.offload_optimizer is not None) == offloads_optimizer(settings)
+    assert (read.zero_config.offload_optimizer is not None) == (file.stem == "zero3_offload")

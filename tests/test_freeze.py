@@ -124,8 +124,8 @@ def test_table_counts_parameters(model):
     # Qwen: a layer has norms 2 x 16, c_attn 16 x 48 + 48, c_proj 16 x 16, MLP 3 x 16 x 12 = 1680; embedding and head
     # 50 x 16 = 800 each, last norm 16. 12 x 1680 + 1600 + 16 = 21,776; training 2 x 1680 + 800 + 16 = 4,176.
     # Projector: 8 x 16 + 16 + 16 x 16 + 16 = 416.
-    # CLIP: a layer has norms 4 x 8, attention 4 x (8 x 8 + 8), MLP 8 x 12 + 12 + 12 x 8 + 8 = 532; class token 8, patches
-    # 3 x 4 x 4 x 8 = 384, places (4 + 1) x 8 = 40, two norms 32. 3 x 532 + 464 = 2,060.
+    # CLIP: a layer has norms 4 x 8, attention 4 x (8 x 8 + 8), MLP 8 x 12 + 12 + 12 x 8 + 8 = 532; class token 8,
+    # patches 3 x 4 x 4 x 8 = 384, places (4 + 1) x 8 = 40, two norms 32. 3 x 532 + 464 = 2,060.
     head, *rows = (line.split() for line in table(model).splitlines())
     assert head == ["part", "parameters", "trained"]
     assert rows == [

@@ -7,6 +7,7 @@ Learning rates are zero, so every step sees the weights that the reference has.
 import itertools
 import json
 import random
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 
 from trainer.config import Config, expand_shards
 from trainer.data.index import ShardIndex, open_index
@@ -43,6 +45,15 @@ def write_uneven_shards(folder: Path) -> str:
     return str(folder / "*.tar")
 
 
+def write_sharp_model(plain: Path, folder: Path) -> str:
+    """A language model whose words differ in likelihood: at random weights all losses would be near log(words)."""
+    shutil.copytree(plain, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 20
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
 def is_text(shards: list[ShardIndex], slot: Slot) -> bool:
     shard = shards[slot.shard]
     return not shard.is_image[shard.members(slot.sample)].any()
@@ -69,9 +80,10 @@ def runs(tiny_run, tmp_path_factory) -> dict[str, list[str]]:
     """Settings by name of the run; every run is of two ranks."""
     out = tmp_path_factory.mktemp("losses")
     uneven = write_uneven_shards(out / "shards")
+    language_model = write_sharp_model(tiny_run.parent / "tiny-qwen", out / "sharp-qwen")
     shards = [open_index(tar) for tar in expand_shards(uneven)]
-    # Two samples to each of two ranks. A seed that gives rank 0 pictures alone and rank 1 texts alone in step 0, and the
-    # other way round in step 1.
+    # Two samples to each of two ranks. A seed that gives rank 0 pictures alone and rank 1 texts alone in step 0, and
+    # the other way round in step 1.
     kinds = [False, False, True, True, True, True, False, False]
     order = ([Order([len(s) for s in shards], seed), seed] for seed in itertools.count())
     one_sided = next(
@@ -81,7 +93,8 @@ def runs(tiny_run, tmp_path_factory) -> dict[str, list[str]]:
 
     def settings(name: str, *changes: str, data: str = uneven) -> list[str]:
         sources = f"data.train=[{{name: a, shards: '{data}'}}]"
-        return [*STANDING_STILL, f"run.output_dir={out}/{name}", "data.max_length=256", sources, *changes]
+        return [*STANDING_STILL, f"run.output_dir={out}/{name}", "data.max_length=256",
+                f"model.language_model={language_model}", sources, *changes]  # fmt: skip
 
     tiny = f"{tiny_run.parent}/shards/*.tar"
     return {
@@ -138,7 +151,9 @@ class Plain:
         return sum(loss for loss, _ in sums) / tokens, tokens
 
     def grad_norm(self, loss: torch.Tensor) -> float:
-        gradients = torch.autograd.grad(loss, [p for p in self.model.parameters() if p.requires_grad])
+        gradients = torch.autograd.grad(
+            loss, [p for p in self.model.parameters() if p.requires_grad], retain_graph=True
+        )
         return torch.cat([g.flatten() for g in gradients]).norm().item()
 
 

@@ -25,6 +25,7 @@ def curves(world, config_file: str, out: str, bf16: bool) -> dict[str, list[dict
             "run.output_dir": f"{out}/{name}", "deepspeed": f"ds_configs/{stage}.json",
             "train.micro_batch_size": micro, "train.bf16": str(bf16).lower(), "train.max_steps": STEPS,
             "checkpoint.save_steps": 1000, "checkpoint.keep_last": 1, "logging.sample_keys": "true",
+            "model.activation_checkpointing": "false",
         }  # fmt: skip
         overrides = [f"{key}={value}" for key, value in settings.items()]
         state = setup(Config.load(config_file, overrides, world.world_size), world, "none")

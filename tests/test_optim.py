@@ -55,7 +55,7 @@ def test_norms_and_biases_do_not_decay_and_the_projector_has_its_own_rate(model)
     # Where gradients are zero, AdamW only decays: a step multiplies a weight by 1 - rate x 0.5, which is 0.995 at
     # 0.01, and 0.95 at the projector's 0.1.
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(parameter_groups(model, CONFIG), CONFIG, offload=False)
+    optimizer = build_optimizer(parameter_groups(model, CONFIG), CONFIG)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -83,13 +83,13 @@ def test_projector_rate_of_zero_is_a_rate(model):
 
 def test_betas_reach_the_optimizer(model):
     config = OptimConfig(betas=[0.8, 0.888])
-    optimizer = build_optimizer(parameter_groups(model, config), config, offload=False)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.888)}
 
 
 def test_rates_are_set_by_part(model):
     freeze(model, ["vision_tower"])
-    optimizer = build_optimizer(parameter_groups(model, CONFIG), CONFIG, offload=False)
+    optimizer = build_optimizer(parameter_groups(model, CONFIG), CONFIG)
     for factor in (0.5, 0.1):  # of the peak, not of the rate before
         expected = {"language_model": 1e-2 * factor, "projector": 1e-1 * factor}
         assert set_learning_rates(optimizer, factor) == pytest.approx(expected)

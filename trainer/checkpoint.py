@@ -205,12 +205,18 @@ def export(
         "AutoModelForCausalLM": "modeling_mqwen_vl.MQWenForConditionalGeneration",
         "AutoModelForImageTextToText": "modeling_mqwen_vl.MQWenForConditionalGeneration",
     }
+    for part in (model.config.text_config, model.config.vision_config):
+        part.__dict__.pop("auto_map", None)  # of the folder it came from
     model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
     transform.to_processor().save_pretrained(folder)
     for file in (Path(__file__).parent / "models").glob("*.py"):
         if file.name != "__init__.py":
             shutil.copy(file, folder)
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)  # safetensors makes files that the owner alone can read
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

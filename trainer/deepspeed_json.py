@@ -65,6 +65,7 @@ def build(file: Path, config: "Config", world_size: int) -> tuple[dict[str, Any]
         # Gradients of the micro-batches are summed in fp32: bf16 would lose the small ones.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         **given,
         **owned,
@@ -78,9 +79,3 @@ def _contradictions(file: Path, key: str, given: Any, value: Any) -> list[str]:
     if given in ("auto", value):
         return []
     return [f'deepspeed: {file}: {key} is {given!r}, but the YAML makes it {value!r}; write "auto" there']
-
-
-def offloads_optimizer(deepspeed_config: dict[str, Any]) -> bool:
-    """Whether optimizer states live in host memory."""
-    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"

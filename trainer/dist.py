@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ def distributed(world: World) -> Iterator[World]:
     )
     log.setLevel(logging.INFO if world.is_main else logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's calls of names that PyTorch is about to rename: nothing a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if world.world_size == 1 and not os.environ.get("RANK"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -1,23 +1,38 @@
 """The DeepSpeed engine: ZeRO, precision, accumulation and clipping around model and optimizer."""
 
+from typing import Any
+
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import PreTrainedModel
 
 from trainer import deepspeed_json
 from trainer.config import Config, find_deepspeed
 from trainer.dist import World
+from trainer.errors import ConfigError
 from trainer.optim import build_optimizer, parameter_groups
+
+
+def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
+    """What the engine gets. Raises ConfigError where DeepSpeed's own reader refuses the ZeRO section."""
+    file = find_deepspeed(config.deepspeed)
+    settings, _ = deepspeed_json.build(file, config, world.world_size)
+    try:
+        DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"deepspeed: {file}: zero_optimization: {error}") from error
+    return settings
 
 
 def build_engine(model: PreTrainedModel, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
     """Wraps a model whose frozen parameters are already marked: what trains is settled here for the engine's life."""
-    settings, _ = deepspeed_json.build(find_deepspeed(config.deepspeed), config, world.world_size)
+    settings = deepspeed_settings(config, world)
     if config.model.activation_checkpointing:
         # Non-reentrant: the reentrant kind finds no gradient where a layer's input needs none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     groups = parameter_groups(model, config.optim)
-    optimizer = build_optimizer(groups, config.optim, deepspeed_json.offloads_optimizer(settings))
+    optimizer = build_optimizer(groups, config.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 

@@ -28,15 +28,17 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     errors = []
     for pattern in patterns:
         try:
-            matches = _compile(pattern)
+            expressions = _expressions(pattern)
         except re.error as error:
             errors.append(f"'{pattern}' is not a regular expression ({error})")
             continue
-        named = [parameter for name, parameter in model.named_parameters() if matches.search(name)]
-        for parameter in named:
-            parameter.requires_grad_(False)
-        if not named:
-            errors.append(f"'{pattern}' matches no parameter")
+        for where, expression in expressions.items():
+            named = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
+            for parameter in named:
+                parameter.requires_grad_(False)
+            if not named:
+                errors.append(f"'{pattern}' matches no parameter{where}")
+                break
     if not any(parameter.requires_grad for parameter in model.parameters()):
         errors.append("everything is frozen: nothing is left to train")
     if errors:
@@ -44,15 +46,15 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
         raise ConfigError("freeze: " + "; ".join(errors) + f". Parts and ranges are written {examples}.")
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _expressions(pattern: str) -> dict[str, re.Pattern[str]]:
+    """The expressions over parameter names that a pattern stands for, by what to say where one matches nothing."""
     if pattern in PARTS:
-        return re.compile("^" + re.escape(PARTS[pattern]))
-    if match := re.fullmatch(r"(\w+)\.layers\.(\d+)-(\d+)", pattern):
-        part, first, last = match[1], int(match[2]), int(match[3])
-        if part in LAYERS:
-            numbers = "|".join(map(str, range(first, last + 1)))
-            return re.compile(f"^{re.escape(LAYERS[part])}({numbers})[.]" if numbers else r"(?!)")
-    return re.compile(pattern)
+        return {"": re.compile(f"^{re.escape(PARTS[pattern])}")}
+    if (match := re.fullmatch(r"(\w+)\.layers\.(\d+)-(\d+)", pattern)) and match[1] in LAYERS:
+        layers = range(int(match[2]), int(match[3]) + 1)
+        found = {f": there is no layer {i}": re.compile(f"^{re.escape(LAYERS[match[1]])}{i}[.]") for i in layers}
+        return found or {": the range is empty": re.compile(r"(?!)")}
+    return {"": re.compile(pattern)}
 
 
 def table(model: nn.Module) -> str:

@@ -28,14 +28,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict], config: OptimConfig, offload: bool) -> torch.optim.Optimizer:
-    """AdamW; where its states live in host memory, DeepSpeed's, which is vectorised for that."""
-    betas = (config.betas[0], config.betas[1])
-    if offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    """PyTorch's AdamW in its fused form, vectorised on GPU and CPU alike.
 
-        return DeepSpeedCPUAdam(groups, betas=betas, adamw_mode=True)
-    return torch.optim.AdamW(groups, betas=betas, fused=torch.cuda.is_available() or None)
+    States offloaded to the host use it too: DeepSpeed's own would have to be compiled at the first start.
+    """
+    return torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), fused=True)
 
 
 def schedule(step: int, last_step: int, config: OptimConfig) -> float:

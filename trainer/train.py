@@ -26,7 +26,7 @@ from trainer.data.samples import Batch
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.dist import World, barrier, log, sum_over_ranks
-from trainer.engine import build_engine
+from trainer.engine import build_engine, deepspeed_settings
 from trainer.errors import DataError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.freeze import freeze, table
@@ -59,6 +59,12 @@ class TrainState:
     def __post_init__(self) -> None:
         self.output_dir = Path(self.config.run.output_dir)
 
+    @property
+    def samples(self) -> int:
+        """Samples seen, fillers left out."""
+        samples = self.step * self.geometry.global_batch_size
+        return samples if self.order.end is None else min(samples, self.order.end)
+
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """A batch on the device, pixels normalised in the model's dtype."""
         device, dtype = self.engine.device, self.engine.module.multi_modal_projector.linear_1.weight.dtype
@@ -80,6 +86,7 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
         transformers.utils.logging.disable_progress_bar()
     if not world.is_main:
         transformers.utils.logging.set_verbosity_error()
+    deepspeed_settings(config, world)
     output_dir = Path(config.run.output_dir)
     resumed_from = checkpoint.find_resume(output_dir, resume)
     train_shards = open_shards(config.data.train, world)
@@ -186,7 +193,7 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     (loss,) = sum_over_ranks([loss], engine.device)
     return {
         "step": state.step,
-        "epoch": round(state.step * state.geometry.global_batch_size / state.order.epoch_size, 6),
+        "epoch": round(state.samples / state.order.epoch_size, 6),
         "loss": loss,
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "learning_rate": learning_rate,

@@ -80,13 +80,11 @@ def test_pixels_are_those_of_clips_processor_at_its_own_size(width, height):
 @pytest.mark.parametrize("lying", [False, True])
 def test_the_middle_of_a_strip_is_that_of_clips_processor(sides, lying):
     # Of such strips only the middle is resized. One level of 255: Pillow rounds between height and width, and which of
-    # them is first depends on the sizes.
+    # them is first depends on the sizes. (It clips there as well; levels from 64 to 191 leave room for the overshoot.)
     width, height = sides[::-1] if lying else sides
-    y, x = np.mgrid[:height, :width]
-    waves = [128 + 100 * np.sin(x / 7 + y / 9), (x + y) * 255 / (width + height), 128 + 100 * np.cos(y / 5 - x / 8)]
-    image = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+    image = noise(width, height).point(lambda level: 64 + level // 2)
     expected = by_processor(clip_processor(), image).astype(int)
-    assert expected.std() > 20  # it varies, so a shift would show
+    assert expected.std() > 10  # it varies, so a shift would show
     np.testing.assert_allclose(ImageTransform(S)(encoded(image)).int(), expected, atol=1)
 
 
@@ -158,13 +156,8 @@ def test_padding_keeps_all_of_the_picture_and_its_proportions(sides, inner):
     image = noise(*sides)
     pixels = ImageTransform(S, "pad")(encoded(image)).permute(1, 2, 0).numpy()
     left, top = (S - inner[0]) // 2, (S - inner[1]) // 2
-    # Where the margins cannot be equal, the picture may stand on either side of the middle.
-    placed = [
-        pixels[y : y + inner[1], x : x + inner[0]]
-        for y in (top, -(-(S - inner[1]) // 2)) for x in (left, -(-(S - inner[0]) // 2))
-    ]  # fmt: skip
     expected = np.asarray(image.resize(inner, Image.Resampling.BICUBIC))
-    assert any(np.array_equal(place, expected) for place in placed)
+    np.testing.assert_array_equal(pixels[top : top + inner[1], left : left + inner[0]], expected)
     filled = (pixels == MEAN_COLOUR).all(-1).sum()
     assert filled >= S * S - inner[0] * inner[1]
 

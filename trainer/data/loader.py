@@ -121,7 +121,7 @@ def _parse_json(content: bytes) -> dict:
         raise DataError(f"its .json is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise DataError(f"its .json holds a {type(record).__name__} where an object is expected")
-    return record
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _finished(batch: Any) -> Any:
@@ -141,6 +141,8 @@ def batches(
         batch_sampler=slots,
         collate_fn=_finished,
         num_workers=num_workers,
+        # A forked worker has tokenizer and indexes at once; started anew it would import everything again, for seconds.
+        multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=PREFETCH_BATCHES if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,

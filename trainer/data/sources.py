@@ -24,7 +24,7 @@ class SourceRecord:
 def read_llava(file: Path) -> list[dict[str, Any]]:
     """The entries of a LLaVA JSON file: a list of objects with `conversations`, and `image` if they have a picture.
 
-    Raises DataError, naming file and place, if it is anything else.
+    Raises DataError, naming the file, if it is anything else; single entries are checked by `llava_records`.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -34,12 +34,9 @@ def read_llava(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file}: not JSON ({error})") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{file}: expected LLaVA's JSON, a list of samples, found {type(entries).__name__}")
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-            fields = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise DataError(
-                f"{file}: entry {number}: expected LLaVA's fields 'conversations' and 'image', found {fields}"
-            )
+    if not any(isinstance(entry, dict) and "conversations" in entry for entry in entries):
+        found = sorted(entries[0]) if isinstance(entries[0], dict) else type(entries[0]).__name__
+        raise DataError(f"{file}: expected LLaVA's fields 'conversations' and 'image' in its entries, found {found}")
     return entries
 
 
@@ -51,7 +48,7 @@ def llava_records(
     A bad entry raises DataError; given a list `skipped`, it is noted there and left out.
     """
     for number, entry in enumerate(entries):
-        name = str(entry.get("id", number))
+        name = str(entry.get("id", number)) if isinstance(entry, dict) else str(number)
         try:
             yield _llava_record(number, name, entry, images)
         except DataError as error:
@@ -60,7 +57,10 @@ def llava_records(
             skipped.append(f"entry {number} (id {name!r}): {error}")
 
 
-def _llava_record(number: int, name: str, entry: dict[str, Any], images: Path) -> SourceRecord:
+def _llava_record(number: int, name: str, entry: Any, images: Path) -> SourceRecord:
+    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
+        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise DataError(f"expected LLaVA's fields 'conversations' and 'image', found {found}")
     files = entry.get("image") or []
     files = [files] if isinstance(files, str) else files
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):

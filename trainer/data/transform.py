@@ -40,7 +40,12 @@ class ImageTransform:
             return image.resize((size, size), Image.Resampling.BICUBIC)
         if self.aspect == "pad":
             colour = tuple(round(255 * channel) for channel in self.mean)
-            return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=colour)
+            # Not `ImageOps.pad`: of a strip (1 x 3000) it leaves nothing.
+            inner = [max(1, round(size * side / max(width, height))) for side in (width, height)]
+            picture = image.resize((inner[0], inner[1]), Image.Resampling.BICUBIC)
+            square = Image.new("RGB", (size, size), colour)
+            square.paste(picture, ((size - inner[0]) // 2, (size - inner[1]) // 2))
+            return square
         # The long side is rounded down and the crop starts at the floor of the margin, as in CLIP's processor.
         short = min(width, height)
         resized = [int(size * width / short), int(size * height / short)]

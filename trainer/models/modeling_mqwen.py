@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from .configuration_qwen import QWenConfig
 from .linear_cross_entropy import IGNORE_INDEX
@@ -200,9 +201,13 @@ class MQWenLMHeadModel(QWenLMHeadModel):
             return_dict=return_dict, **kwargs,
         )  # fmt: skip
 
-    def prepare_inputs_for_generation(self, input_ids, images=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, images=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
         """Transformers' own, with the images where a prompt is read: at the first step, or at all without a cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if images is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             inputs["images"] = images
         return inputs
@@ -220,17 +225,21 @@ class MQWenLMHeadModel(QWenLMHeadModel):
         return input_ids, kwargs | ({} if images is None else {"images": images})
 
     @torch.no_grad()
-    def generate(self, inputs=None, *args, images=None, attention_mask=None, **kwargs):
+    def generate(self, inputs=None, *args, images=None, attention_mask=None, logits_processor=None, **kwargs):
         """Transformers' `generate` with `images` (N, P, D). Rows of different lengths are padded on the left.
 
-        Placeholders take their final length before the first step, so every step sees final lengths; what is returned
-        is the prompt as it was given, followed by the new tokens.
+        Placeholders take their final length before the first step, so every step sees final lengths (which `max_length`
+        counts; `max_new_tokens` does not); what is returned is the prompt as it was given, followed by the new tokens,
+        none of them a placeholder.
         """
         input_ids = kwargs.pop("input_ids", inputs)
+        placeholder = self.transformer.image_placeholder
+        no_placeholder = SuppressTokensLogitsProcessor([placeholder.replace_token_id], device=self.device)
+        kwargs["logits_processor"] = LogitsProcessorList([*(logits_processor or []), no_placeholder])
         if images is None or input_ids is None:
             return super().generate(input_ids, *args, attention_mask=attention_mask, **kwargs)
         grown, attention_mask, _ = grow_placeholders(
-            input_ids, images, self.transformer.image_placeholder, attention_mask, padding_side="left"
+            input_ids, images, placeholder, attention_mask, padding_side="left"
         )
         if attention_mask is None:
             attention_mask = torch.ones_like(grown)

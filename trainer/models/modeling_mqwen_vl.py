@@ -74,6 +74,7 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model = cls(config)
         language_model.transformer.image_placeholder = model.language_model.transformer.image_placeholder
         model.vision_tower, model.language_model = vision_tower, language_model
+        model.generation_config = language_model.generation_config
         model.multi_modal_projector.to_empty(device="cpu").to(language_model.dtype).reset_parameters(seed)
         config.dtype = language_model.dtype
         return model
@@ -104,7 +105,8 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with torch.set_grad_enabled(trains):
             outputs = self.vision_tower(pixel_values, output_hidden_states=layer != -1)
             patches = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
-        return self.multi_modal_projector(patches[:, 1:])  # without the class token
+        patches = patches[:, 1:].to(self.multi_modal_projector.linear_1.weight.dtype)
+        return self.multi_modal_projector(patches)  # without the class token
 
     def forward(
         self,
@@ -113,6 +115,7 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values=None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ):
         """`MQWenLMHeadModel.forward` on pictures.
@@ -135,11 +138,11 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 images, unused = images[:0], images.float().sum() * 0.0
         output = self.language_model(
             input_ids=input_ids, images=images, past_key_values=past_key_values, attention_mask=attention_mask,
-            labels=labels, **kwargs,
+            labels=labels, return_dict=True, **kwargs,
         )  # fmt: skip
         if labels is not None and unused is not None:
             output.loss = output.loss + unused
-        return output
+        return output if return_dict is not False else output.to_tuple()
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, pixel_values=None, **kwargs):

@@ -356,14 +356,18 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
 
     def _head(self, outputs, labels, logits_to_keep, loss_only, num_items_in_batch, return_dict):
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if loss_only:
-            loss = self.lm_head(hidden_states, labels, num_items_in_batch)
-        else:
+        if loss_only and labels is None:
+            raise ValueError("loss_only needs labels")
+        if not loss_only:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
-        if labels is not None and logits is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ValueError(f"labels of {labels.shape[1]} positions for logits of {logits.shape[1]}")
+        if labels is not None:
+            length = hidden_states.shape[1] if logits is None else logits.shape[1]
+            if labels.shape[1] != length:
+                raise ValueError(f"labels of {labels.shape[1]} positions for logits of {length}")
+        if loss_only:
+            loss = self.lm_head(hidden_states, labels, num_items_in_batch)
+        elif labels is not None:
             predictions, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
             if num_items_in_batch is None:
                 loss = F.cross_entropy(predictions, targets)
