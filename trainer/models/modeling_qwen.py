@@ -367,7 +367,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
                 raise ValueError(f"labels of {labels.shape[1]} positions for logits of {length}")
         if loss_only:
             loss = self.lm_head(hidden_states, labels, num_items_in_batch)
-        elif labels is not None:
+        elif labels is not None and logits is not None:
             predictions, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
             if num_items_in_batch is None:
                 loss = F.cross_entropy(predictions, targets)
