@@ -84,8 +84,8 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
     torch.manual_seed(config.run.seed)
     if not (world.is_main and sys.stderr.isatty()):
         transformers.utils.logging.disable_progress_bar()
-    if not world.is_main:
-        transformers.utils.logging.set_verbosity_error()
+    # A CLIP folder's text tower is no news; weights that are missing are an error of ours.
+    transformers.utils.logging.set_verbosity_error()
     deepspeed_settings(config, world)
     output_dir = Path(config.run.output_dir)
     resumed_from = checkpoint.find_resume(output_dir, resume)
