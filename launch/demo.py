@@ -25,7 +25,7 @@ from trainer.load import find_export
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("runs/demo")
 HELD_OUT = 256
-"""Pictures described at the end; none of them is in the training shards."""
+"""Pictures drawn for the end, from a seed of their own: no training shard holds these drawings."""
 
 CAPTION_TOKENS = 32
 

@@ -1,6 +1,6 @@
 """Asks an exported model about a picture.
 
-python launch/generate.py --model runs/demo/stage2/checkpoint-000800/hf --image cat.jpg --prompt "What is this?"
+python launch/generate.py --model runs/stage2 --image cat.jpg --prompt "What is this?"
 """
 
 import argparse

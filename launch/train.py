@@ -8,7 +8,7 @@ On one process, without a launcher: python launch/train.py --config stage1.yaml
 import argparse
 
 from trainer.config import Config
-from trainer.dist import barrier, distributed, log, world_from_environment
+from trainer.dist import distributed, log, world_from_environment
 from trainer.errors import run_main
 
 
@@ -32,9 +32,10 @@ def main() -> None:
         state = setup(config, world, args.resume)
         if state.step >= state.last_step:
             log.info("%s is finished: step %d of %d", config.run.output_dir, state.step, state.last_step)
-        train(state)
-        barrier()
-        state.engine.destroy()
+        try:
+            train(state)
+        finally:
+            state.engine.destroy()
 
 
 if __name__ == "__main__":

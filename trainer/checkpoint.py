@@ -4,7 +4,7 @@
 
 Everything is written into a folder with another name; only when all ranks are done does it get its own, and only then
 does `latest` point to it. `deepspeed/` continues this run; `hf/` opens in Transformers and starts another stage.
-Frozen weights are in `hf/` alone: a resumed run takes them from where the run took them at first.
+Frozen weights are in `hf/` alone, and a resumed run takes them from there.
 """
 
 import json
@@ -47,6 +47,9 @@ class RunState:
     global_batch_size: int
     shards: str
     """Fingerprint of the training shards."""
+    world_size: int
+    zero_stage: int
+    """Ranks and ZeRO stage that DeepSpeed's files are cut for."""
     format: int = FORMAT
 
 
@@ -71,7 +74,7 @@ def save(
 ) -> Path:
     """Writes one checkpoint, then moves `latest` to it and removes the oldest. All ranks call this."""
     final = output_dir / name_of(state.step)
-    partial = output_dir / f".{final.name}.partial"
+    partial, replaced = output_dir / f".{final.name}.partial", output_dir / f".{final.name}.replaced"
     is_main = engine.global_rank == 0
     if is_main:
         shutil.rmtree(partial, ignore_errors=True)  # left by a save that was killed
@@ -88,14 +91,19 @@ def save(
         _write_json(partial / "manifest.json", {str(f.relative_to(partial)): f.stat().st_size for f in files})
         for file in [*files, partial / "manifest.json"]:
             _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
+        for folder in (partial / DEEPSPEED, partial / EXPORT, partial):
+            _sync(folder)
+        if final.exists():  # saved before, by a run that went on from an older one
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         _sync(output_dir)
+        shutil.rmtree(replaced, ignore_errors=True)
         pointer = output_dir / f".{LATEST}.partial"
         pointer.write_text(final.name + "\n")
         _sync(pointer)
         pointer.replace(output_dir / LATEST)
+        _sync(output_dir)
         # After a resume from an older checkpoint the newest is not the one with the highest step.
         others = [path for path in existing(output_dir) if path != final]
         for old in others[: max(0, len(others) + 1 - keep_last)] if keep_last else []:
@@ -145,21 +153,22 @@ def _check_whole(path: Path) -> None:
 
 
 def read_state(path: Path, expected: RunState) -> RunState:
-    """The state in a checkpoint. Raises CheckpointError if it is of another stream of samples than `expected`."""
+    """The state in a checkpoint. Raises CheckpointError if it is of another stream of samples or another geometry."""
     try:
         state = RunState(**json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: its state.json cannot be read ({error})") from error
     names = {"format": "format", "seed": "run.seed", "global_batch_size": "train.global_batch_size",
-             "shards": "fingerprint of the training shards"}  # fmt: skip
+             "shards": "fingerprint of the training shards", "world_size": "number of ranks",
+             "zero_stage": "ZeRO stage"}  # fmt: skip
     differing = [
         f"{text} was {getattr(state, name)}, is {getattr(expected, name)}"
         for name, text in names.items() if getattr(state, name) != getattr(expected, name)
     ]  # fmt: skip
     if differing:
         raise CheckpointError(
-            f"{path}: this run would go on with other samples: {'; '.join(differing)}. Set them back, or start a new "
-            f"run folder, with model.init_from={path} to keep the weights."
+            f"{path}: another run than this one: {'; '.join(differing)}. Set them back, or start in a new run folder, "
+            f"with model.init_from={path} to keep the weights."
         )
     return state
 
@@ -209,7 +218,8 @@ def export(
         part.__dict__.pop("auto_map", None)  # of the folder it came from
     model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
-    transform.to_processor().save_pretrained(folder)
+    if transform.aspect != "pad":  # for which Transformers has no image processor: config.json says image_aspect
+        transform.to_processor().save_pretrained(folder)
     for file in (Path(__file__).parent / "models").glob("*.py"):
         if file.name != "__init__.py":
             shutil.copy(file, folder)

@@ -5,18 +5,23 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed
 from tqdm import tqdm
 
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError, UserError
 
 log = logging.getLogger("trainer")
 """Logs on rank 0 alone, once `distributed` has begun."""
+
+
+TIMEOUT = timedelta(hours=1)
+"""How long a rank waits for the others: rank 0 may index millions of samples, or write a large export, alone."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,22 @@ class World:
 
 
 def world_from_environment() -> World:
-    """The place that a launcher (deepspeed, torchrun) put into the environment; without one, a job of one process.
+    """The place that a launcher (deepspeed, torchrun, srun) has put into the environment; without one, a job alone.
 
     Raises ConfigError, naming the variables, where only some are set.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not os.environ.get("RANK") and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        os.environ.update({name: os.environ[variable] for name, variable in slurm.items()})
     values = {name: os.environ[name] for name in names if os.environ.get(name)}
     if not values.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         return World()
     if missing := [name for name in names if name not in values]:
         raise ConfigError(
             f"the environment sets {', '.join(sorted(values))} but not {', '.join(missing)}: start with `deepspeed` "
-            f"or `torchrun`, which set them all, or unset them to run one process."
+            f"or `torchrun`, which set them all (under `srun`, export MASTER_ADDR and MASTER_PORT), or unset them to "
+            f"run one process."
         )
     return World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
 
@@ -88,7 +97,7 @@ def distributed(world: World) -> Iterator[World]:
     # leaves a lock on which every later run waits for ever. Gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(backend, timeout=TIMEOUT, auto_mpi_discovery=False, verbose=False)
     try:
         yield world
     finally:
@@ -98,6 +107,19 @@ def distributed(world: World) -> Iterator[World]:
 def barrier() -> None:
     """Waits for all ranks."""
     torch.distributed.barrier()
+
+
+def on_main_rank(world: World, task: Callable[[], None]) -> None:
+    """Runs a task on rank 0 while the others wait. If it fails there with a user's error, all ranks raise it."""
+    failure: list[UserError | None] = [None]
+    if world.is_main:
+        try:
+            task()
+        except UserError as error:
+            failure = [error]
+    torch.distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0] if world.is_main else CheckpointError(str(failure[0]))  # of the kind that rank 0 alone prints
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -3,6 +3,7 @@
 Entry points print the message without a traceback and leave with `EXIT_USER_ERROR`.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -30,5 +31,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        # Configurations and folders are the same for all ranks, so one rank says it; a bad sample is one rank's own.
+        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)

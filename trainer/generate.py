@@ -3,23 +3,24 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from trainer.data.samples import IMAGE_MARK, Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.errors import CheckpointError
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 
 class Generator:
-    """An exported model, ready to answer. Opened through Transformers, with the code that travels in the export."""
+    """An exported model, ready to answer. The code in the folder is not run: this package has its own."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | str = "auto"):
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no model folder (config.json is missing)")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
+        self.model = MQWenForConditionalGeneration.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         self.model.to(self.device).eval()
         config = self.model.config
         self.transform = ImageTransform(config.vision_config.image_size, config.image_aspect)

@@ -1,5 +1,6 @@
 """Model and tokenizer that a configuration names, from folders on disk."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -66,21 +67,27 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> MQWenForConditionalGeneration:
+def load_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase, resumed_from: Path | None = None
+) -> MQWenForConditionalGeneration:
     """The model that training starts from, on the CPU, in bf16 or fp32 as the configuration says.
+
+    resumed_from: checkpoint that the run goes on from; its own export has the frozen weights too, whatever has become
+    of the folders that the run once started from.
 
     Raises ConfigError where settings, tokenizer and model do not fit together, CheckpointError where weights are
     missing or of other shapes.
     """
     settings, dtype = config.model, torch.bfloat16 if config.train.bf16 else torch.float32
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    if settings.init_from:
-        model = _load(MQWenForConditionalGeneration, find_export(Path(settings.init_from)), dtype)
+    if settings.init_from or resumed_from:
+        model = _load(MQWenForConditionalGeneration, find_export(resumed_from or Path(settings.init_from or "")), dtype)
         _check_same_stage_settings(settings, model, image_token_id)
     else:
         model = MQWenForConditionalGeneration.from_parts(
             _load(CLIPVisionModel, Path(settings.vision_tower or ""), dtype),
-            _load(MQWenLMHeadModel, Path(settings.language_model or ""), dtype),
+            # The folder's own bf16 and fp16 would cast the transformer to another type than asked for.
+            _load(MQWenLMHeadModel, Path(settings.language_model or ""), dtype, bf16=False, fp16=False),
             seed=config.run.seed,
             image_token_id=image_token_id,
             vision_feature_layer=-1 if settings.vision_feature_layer is None else settings.vision_feature_layer,
@@ -88,6 +95,9 @@ def load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> MQWenForCo
         )
     text = model.config.text_config
     errors = []
+    layers = model.config.vision_config.num_hidden_layers
+    if not -layers - 1 <= model.config.vision_feature_layer <= layers:
+        errors.append(f"model.vision_feature_layer={model.config.vision_feature_layer}: the tower has {layers} layers")
     if text.vocab_size < len(tokenizer):
         errors.append(
             f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {len(tokenizer)}: "
@@ -109,13 +119,22 @@ def load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> MQWenForCo
     return model
 
 
-def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype, **settings: bool) -> PreTrainedModel:
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if cls is MQWenForConditionalGeneration and found != cls.config_class.model_type:
+        raise CheckpointError(f"{folder}: of architecture '{found}', expected an export ('mqwen_vl')")
+    options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, **settings}
     try:
-        model, info = cls.from_pretrained(folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+        model, info = cls.from_pretrained(folder, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded as {cls.__name__}: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, among them {', '.join(missing[:3])}")
+    # Of a whole CLIP only the tower is wanted; elsewhere a weight without a place is of another model than config.json.
+    if cls is not CLIPVisionModel and (surplus := sorted(info["unexpected_keys"])):
+        raise CheckpointError(
+            f"{folder}: {len(surplus)} weights have no place in it, among them {', '.join(surplus[:3])}"
+        )
     return model
 
 

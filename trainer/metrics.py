@@ -5,6 +5,7 @@ checkpoint are dropped, so no step appears twice.
 """
 
 import json
+import math
 import resource
 from pathlib import Path
 from types import TracebackType
@@ -53,15 +54,18 @@ class Recorder:
             "images_per_second": line["images"] / line["step_time"],
             "data_wait_seconds": line["data_time"], "step_seconds": line["step_time"],
             "memory_gib": peak_memory() / GIB, "skipped_steps": line["skipped_steps"],
+            "truncated_tokens": line["truncated_tokens"],
             **{f"learning_rate/{part}": rate for part, rate in line["learning_rate"].items()},
         }  # fmt: skip
         for name, value in points.items():
+            if value is None:
+                continue  # the gradient norm of a skipped step
             self._tensorboard.add_scalar(f"train/{name}", value, step)
         self._tensorboard.flush()
         if self._bar.disable:
             log.info(
                 "step %d/%d  loss %.4f  grad_norm %.3f  %.0f tokens/s  data wait %.0f%%", step, self.last_step,
-                line["loss"], line["grad_norm"], points["tokens_per_second"],
+                line["loss"], line["grad_norm"] or math.nan, points["tokens_per_second"],
                 100 * line["data_time"] / line["step_time"],
             )  # fmt: skip
 

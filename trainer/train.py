@@ -3,6 +3,7 @@
 setup(config) -> TrainState -> train(state): fetch, forward, backward, step; now and then evaluate and save
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -25,9 +26,9 @@ from trainer.data.order import Geometry, Order, global_batch, micro_batches
 from trainer.data.samples import Batch
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.dist import World, barrier, log, sum_over_ranks
+from trainer.dist import World, log, on_main_rank, sum_over_ranks
 from trainer.engine import build_engine, deepspeed_settings
-from trainer.errors import DataError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.freeze import freeze, table
 from trainer.load import image_transform, load_model, load_tokenizer
@@ -86,14 +87,15 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
         transformers.utils.logging.disable_progress_bar()
     # A CLIP folder's text tower is no news; weights that are missing are an error of ours.
     transformers.utils.logging.set_verbosity_error()
-    deepspeed_settings(config, world)
+    zero_stage = deepspeed_settings(config, world)["zero_optimization"]["stage"]
     output_dir = Path(config.run.output_dir)
+    on_main_rank(world, lambda: check_writable(output_dir))
     resumed_from = checkpoint.find_resume(output_dir, resume)
     train_shards = open_shards(config.data.train, world)
     eval_shards = open_shards(config.data.eval, world)
 
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config, tokenizer)
+    model = load_model(config, tokenizer, resumed_from)
     freeze(model, config.freeze)
     log.info("%s", table(model))
     transform = image_transform(model)
@@ -110,7 +112,9 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
         raise DataError("data.train: the shards hold no sample")
     end = train.epochs * samples if train.epochs else None
     last_step = train.max_steps or -(-(end or 0) // train.global_batch_size)
-    run = checkpoint.RunState(0, config.run.seed, train.global_batch_size, fingerprint(train_shards))
+    run = checkpoint.RunState(
+        0, config.run.seed, train.global_batch_size, fingerprint(train_shards), world.world_size, zero_stage
+    )
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
 
     engine = build_engine(model, config, world)
@@ -124,17 +128,29 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
         run=run, last_step=last_step, step=run.step,
     )  # fmt: skip
     if world.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
         (output_dir / "deepspeed.json").write_text(json.dumps(engine.config, indent=1, default=str) + "\n")
     return state
 
 
+def check_writable(folder: Path) -> None:
+    """Makes a folder, if need be, and tries to write in it. Raises ConfigError if that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir: {folder} cannot be written to ({error.strerror}); choose another"
+        ) from error
+
+
 def open_shards(sources: list[ShardsConfig], world: World) -> list[ShardIndex]:
     """Indexes of all tars of the sources, in the order of the configuration; rank 0 makes the missing ones."""
     tars = [tar for source in sources for tar in expand_shards(source.shards)]
-    indexes = [open_index(tar) for tar in tars] if world.is_main else []
-    barrier()
+    indexes: list[ShardIndex] = []
+    on_main_rank(world, lambda: indexes.extend(map(open_index, tars)))
     return indexes or [open_index(tar) for tar in tars]
 
 
@@ -161,21 +177,28 @@ def train(state: TrainState, until: int | None = None) -> None:
                 line["samples"] = sample_keys(state, state.step - 1)
             recorder.step(line)
             is_last = state.step == until
-            every = config.eval.every_steps
-            if state.eval_data and every and (is_last or state.step % every == 0):
-                recorder.evaluation(state.step, evaluate(state))
             if is_last or state.step % config.checkpoint.save_steps == 0:
                 save(state)
+            if state.eval_data and is_due(state.step, config.eval.every_steps, is_last):
+                recorder.evaluation(state.step, evaluate(state))
+
+
+def is_due(step: int, every_steps: int, is_last: bool) -> bool:
+    """Whether something done every so many steps (0: never) is done at this one."""
+    return every_steps > 0 and (is_last or step % every_steps == 0)
 
 
 def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     """One optimizer step; its loss is the mean over the step's supervised tokens, over all ranks and micro-batches."""
     engine, started = state.engine, time.perf_counter()
-    micro = [next(loader) for _ in range(state.geometry.accumulation_steps)]
+    micro, failure = fetch(loader, state.geometry.accumulation_steps)
     data_time = time.perf_counter() - started
     counts = [count_supervised(b) for b in micro], [b["tokens"] for b in micro], [len(b["pixel_values"]) for b in micro]
-    totals = sum_over_ranks([*map(float, map(sum, counts)), sum(b["truncated_tokens"] for b in micro)], engine.device)
-    supervised, tokens, images, truncated = map(int, totals)
+    truncated_here = sum(b["truncated_tokens"] for b in micro)
+    here = [*map(sum, counts), truncated_here, failure is not None]
+    supervised, tokens, images, truncated, failures = map(int, sum_over_ranks(list(map(float, here)), engine.device))
+    if failures:
+        raise failure or CheckpointError("another rank found a bad sample")
 
     seed_step(state.config.run.seed, state.step, state.world.rank)
     factor = schedule(state.step, state.last_step, state.config.optim)
@@ -189,13 +212,15 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
         engine.backward(output.loss * state.world.world_size, scale_wrt_gas=False)
         engine.step()
     state.step += 1
-    state.skipped_steps += not engine.was_step_applied()
+    if not engine.was_step_applied():
+        state.skipped_steps += 1
+        log.warning("step %d was skipped: a gradient is not finite", state.step)
     (loss,) = sum_over_ranks([loss], engine.device)
     return {
         "step": state.step,
         "epoch": round(state.samples / state.order.epoch_size, 6),
         "loss": loss,
-        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0) if engine.was_step_applied() else None,
         "learning_rate": learning_rate,
         "supervised_tokens": supervised,
         "tokens": tokens,
@@ -205,6 +230,14 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
         "step_time": round(time.perf_counter() - started, 4),
         "data_time": round(data_time, 4),
     }
+
+
+def fetch(loader: Iterator[Batch], count: int) -> tuple[list[Batch], DataError | None]:
+    """The next batches, or the error that one of them met: all ranks are to hear of it before they leave together."""
+    try:
+        return [next(loader) for _ in range(count)], None
+    except DataError as error:
+        return [], error
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -224,7 +257,7 @@ def evaluate(state: TrainState) -> float:
 
 def save(state: TrainState) -> None:
     """A checkpoint of now. All ranks call this."""
-    run = checkpoint.RunState(state.step, state.run.seed, state.run.global_batch_size, state.run.shards)
+    run = dataclasses.replace(state.run, step=state.step)
     keep_last = state.config.checkpoint.keep_last
     checkpoint.save(state.engine, state.output_dir, run, state.tokenizer, state.transform, keep_last)
 

@@ -101,6 +101,7 @@ def scan(tar: Path) -> ShardIndex:
     """
     keys: list[str] = []
     names: set[str] = set()  # of the members of the last sample
+    size = tar.stat().st_size
     members: list[tuple[int, int, bool, bool, int, int]] = []  # sample, N, is_image, is_json, offset, size
     try:
         with tarfile.open(tar, "r:") as archive:
@@ -110,6 +111,8 @@ def scan(tar: Path) -> ShardIndex:
                 number, _, extension = extension.lower().rpartition(".")
                 if not (member.isfile() and stem and dot and extension in IMAGE_EXTENSIONS + TEXT_EXTENSIONS):
                     continue
+                if number and not number.isdecimal():
+                    continue  # KEY.seg.png is of another use than KEY.png and KEY.0.png
                 key = f"{folder}/{stem}" if folder else stem
                 if not keys or keys[-1] != key:
                     keys.append(key)
@@ -117,12 +120,12 @@ def scan(tar: Path) -> ShardIndex:
                 if name in names:
                     raise DataError(f"{tar}: member {member.name} comes twice; each sample needs a key of its own")
                 names.add(name)
-                is_image, position = extension in IMAGE_EXTENSIONS, int(number) if number.isdecimal() else 0
+                is_image, position = extension in IMAGE_EXTENSIONS, int(number or 0)
                 members.append(
                     (len(keys) - 1, position, is_image, extension == "json", member.offset_data, member.size)
                 )
                 end = member.offset_data + member.size
-                if end > tar.stat().st_size:
+                if end > size:
                     raise DataError(f"{tar}: truncated: member {member.name} ends at byte {end}, beyond the file")
             _check_end(tar, archive.offset)
     except (tarfile.TarError, OSError) as error:

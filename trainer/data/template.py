@@ -7,6 +7,8 @@ supervised is known from the construction and never guessed from the text. Text 
 "<|im_start|>" is encoded as those letters. Each image mark becomes a run of placeholders as long as its features.
 """
 
+from functools import lru_cache
+
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.samples import IGNORE_INDEX, IMAGE_MARK, Turn
@@ -29,19 +31,17 @@ class ChatTemplate:
             raise DataError(f"the tokenizer has no {IM_START} and {IM_END}: ChatML needs them as control tokens.")
         self.im_start, self.im_end = vocabulary[IM_START], vocabulary[IM_END]
         # Roles, line ends, system prompts and set questions come again and again, and a call costs 0.1 ms.
-        self._known: dict[str, list[int]] = {}
+        self._remembered = lru_cache(maxsize=1024)(
+            lambda text: tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        )
         self.newline = self._text("\n")
 
     def _text(self, text: str) -> list[int]:
-        if text not in self._known:
-            self._known[text] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            if len(self._known) > 1000:
-                self._known.pop(next(iter(self._known)))
-        return self._known[text]
+        return list(self._remembered(text))
 
     def _content(self, text: str) -> list[int]:
         first, *rest = text.split(IMAGE_MARK)
-        ids = list(self._text(first))
+        ids = self._text(first)
         for piece in rest:
             ids += self.image_run + self._text(piece)
         return ids

@@ -60,6 +60,8 @@ def linear_cross_entropy(
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     supervised = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # else the gradient of a trained head would be made in evaluation too
     hidden = hidden_states.flatten(0, 1).index_select(0, supervised)  # (supervised, D)
     loss = _LinearCrossEntropy.apply(hidden, weight, targets.index_select(0, supervised))
     return loss / max(1, supervised.numel() if num_items is None else num_items)
