@@ -4,14 +4,18 @@ Each launch is a real one, of one process; mistakes that are found together are 
 """
 
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import demo_task
 import pytest
+from commands import command
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from trainer.data.writer import ShardWriter
 from trainer.errors import EXIT_USER_ERROR
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_qwen import QWenLMHeadModel
@@ -104,3 +108,21 @@ def test_corrupt_picture(launch, shards):
     tar.write_bytes(content)
     said = launch(f"data.train=[{{name: a, shards: '{tar}'}}]", "train.global_batch_size=12")
     assert said.startswith(f"{tar}: sample 's3-0': the picture cannot be decoded")
+
+
+def test_bad_sample_of_one_rank_ends_both(tiny_run, tmp_path):
+    # Two ranks with half of each batch: the one that meets the broken picture names it, and neither is left waiting.
+    rng = random.Random(0)
+    scene = demo_task.random_scene(rng)
+    record = {"conversations": demo_task.conversation(scene, None)}
+    with ShardWriter(tmp_path / "shards") as writer:
+        for i in range(16):
+            picture = b"no picture" if i == 11 else demo_task.draw(scene, rng)
+            writer.write(f"sample-{i}", {"png": picture, "json": record})
+    done = command(
+        "deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(tiny_run), "--set",
+        f"run.output_dir={tmp_path}/run", f"data.train=[{{name: bad, shards: '{tmp_path}/shards/*.tar'}}]", timeout=180,
+    )  # fmt: skip
+    assert done.returncode == EXIT_USER_ERROR, done.stderr
+    assert f"{tmp_path}/shards/shard-000000.tar: sample 'sample-11': " in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

@@ -239,6 +239,7 @@ def test_state_of_the_same_samples_is_read(run, state):
         ({"shards": "0" * 16}, ["fingerprint of the training shards was", "is 0000000000000000"]),
         ({"seed": 1, "global_batch_size": 4}, ["run.seed was 42, is 1", "train.global_batch_size was 8, is 4"]),
         ({"format": 2}, ["format was 1, is 2"]),
+        ({"world_size": 7, "zero_stage": 1}, ["number of ranks was", "is 7", "ZeRO stage was", "is 1"]),
     ],
 )
 def test_other_stream_of_samples_is_refused_by_name(run, state, changes, said):

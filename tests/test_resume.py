@@ -1,22 +1,27 @@
 """A run that is stopped and resumed equals the run that was not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from trainer.config import Config
+from trainer.dist import barrier
 
 
 def run(world, config_file: str, out: str, stage: str, resume: str, until: int | None = None) -> None:
     """Trains 20 steps, or, of those, the ones up to `until`."""
     from trainer.train import setup, train
 
-    settings = [f"run.output_dir={out}", f"deepspeed=ds_configs/{stage}.json", "train.max_steps=20",
-                "checkpoint.save_steps=10", "checkpoint.keep_last=0", "logging.sample_keys=true"]  # fmt: skip
+    settings = [
+        f"run.output_dir={out}", f"model.vision_tower={Path(out).parent}/clip", f"deepspeed=ds_configs/{stage}.json",
+        "train.max_steps=20", "checkpoint.save_steps=10", "checkpoint.keep_last=0", "logging.sample_keys=true",
+    ]  # fmt: skip
     state = setup(Config.load(config_file, settings, world.world_size), world, resume)
     train(state, until)
     state.engine.destroy()
@@ -25,6 +30,11 @@ def run(world, config_file: str, out: str, stage: str, resume: str, until: int |
 def straight_and_resumed(world, config_file: str, out: str, stage: str) -> None:
     run(world, config_file, f"{out}/straight", stage, "none")
     run(world, config_file, f"{out}/resumed", stage, "none", until=10)
+    # Whatever becomes of the folder that the tower came from: the checkpoint has the frozen weights.
+    if world.is_main:
+        torch.manual_seed(1)
+        CLIPVisionModel(CLIPVisionConfig.from_pretrained(f"{out}/clip")).save_pretrained(f"{out}/clip")
+    barrier()
     run(world, config_file, f"{out}/resumed", stage, "auto")
 
 
@@ -36,6 +46,7 @@ def lines(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_resumed_run_equals_the_straight_one_bitwise(tiny_run, tmp_path, stage):
+    shutil.copytree(tiny_run.parent / "tiny-clip", tmp_path / "clip")
     run_ranks(straight_and_resumed, 2, str(tiny_run), str(tmp_path), stage)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert [line["step"] for line in lines(straight)] == list(range(1, 21))
