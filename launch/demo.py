@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from demo_task import CAPTION_PROMPT, Scene, draw, random_scene, write_models, write_shards
 from PIL import Image, ImageDraw
 
@@ -39,7 +40,10 @@ def main() -> None:
     started = time.monotonic()
     out = ROOT / OUT
     shutil.rmtree(out, ignore_errors=True)
-    print("1/4  pictures and tiny models", flush=True)
+    # The models are tiny: two threads would mostly wait for each other.
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    print("1/4  tiny models (tiny-qwen learns the language, one minute) and pictures", flush=True)
     write_models(out / "models", seed=0)
     write_shards(out / "shards" / "captions", 4000, seed=1, with_questions=False)
     write_shards(out / "shards" / "questions", 4000, seed=2, with_questions=True)

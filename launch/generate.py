@@ -6,7 +6,7 @@ python launch/generate.py --model runs/stage2 --image cat.jpg --prompt "What is 
 import argparse
 from pathlib import Path
 
-from trainer.errors import DataError, run_main
+from trainer.errors import ConfigError, DataError, run_main
 
 
 def main() -> None:
@@ -18,13 +18,20 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args()
 
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+
+    from trainer.data.transform import decode
     from trainer.generate import Generator  # slow to import, so after the arguments are known to be good
     from trainer.load import find_export
 
     try:
         image = args.image.read_bytes()
+        decode(image)
     except OSError as error:
         raise DataError(f"--image {args.image}: cannot be read ({error.strerror})") from error
+    except DataError as error:
+        raise DataError(f"--image {args.image}: {error}") from error
     generator = Generator(find_export(args.model))
     print(generator.answer([image], [args.prompt], args.system_prompt, args.max_new_tokens)[0])
 

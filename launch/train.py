@@ -30,10 +30,11 @@ def main() -> None:
 
     with distributed(world):
         state = setup(config, world, args.resume)
-        if state.step >= state.last_step:
-            log.info("%s is finished: step %d of %d", config.run.output_dir, state.step, state.last_step)
         try:
-            train(state)
+            if state.step < state.last_step:
+                train(state)
+            else:
+                log.info("%s is finished: step %d of %d", config.run.output_dir, state.step, state.last_step)
         finally:
             state.engine.destroy()
 

@@ -287,12 +287,12 @@ def test_empty_file_lacks_model_data_and_length(mistakes):
         "model.language_model: missing; or give model.init_from",
         "model.vision_tower: missing; or give model.init_from",
         "data.train: no source to train on",
-        "train: give either epochs or max_steps",
+        "train.max_steps: give either this or train.epochs, and null for the other",
     ]
 
 
 def test_epochs_or_steps_but_not_both(load, mistakes, tree):
-    said = ["train: give either epochs or max_steps"]
+    said = ["train.max_steps: give either this or train.epochs, and null for the other"]
     assert mistakes(tree, "train.epochs=1") == said  # the file has max_steps
     assert mistakes(tree, "train.max_steps=null") == said
     assert load(tree, "train.max_steps=null", "train.epochs=2").train.epochs == 2

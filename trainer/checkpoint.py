@@ -134,6 +134,8 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
         path = output_dir / name
     else:
         path = Path(resume)
+        if not path.is_dir():
+            raise CheckpointError(f"--resume {resume}: no such folder")
     _check_whole(path)
     return path
 

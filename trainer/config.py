@@ -368,7 +368,7 @@ def _check_numbers(config: Config) -> list[str]:
     errors = []
     train, optim = config.train, config.optim
     if (train.epochs is None) == (train.max_steps is None):
-        errors.append("train: give either epochs or max_steps, and null for the other")
+        errors.append("train.max_steps: give either this or train.epochs, and null for the other")
     positive = {
         "train.epochs": train.epochs, "train.max_steps": train.max_steps, "data.max_length": config.data.max_length,
         "train.global_batch_size": train.global_batch_size, "train.micro_batch_size": train.micro_batch_size,

@@ -30,7 +30,9 @@ def build_engine(model: PreTrainedModel, config: Config, world: World) -> deepsp
     settings = deepspeed_settings(config, world)
     if config.model.activation_checkpointing:
         # Non-reentrant: the reentrant kind finds no gradient where a layer's input needs none.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # (Transformers 5.17 knows the method by its older name.)
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     groups = parameter_groups(model, config.optim)
     optimizer = build_optimizer(groups, config.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

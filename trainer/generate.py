@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedTokenizerFast
 
 from trainer.data.samples import IMAGE_MARK, Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.errors import CheckpointError
+from trainer.load import check_export
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 
@@ -16,8 +17,8 @@ class Generator:
     """An exported model, ready to answer. The code in the folder is not run: this package has its own."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | str = "auto"):
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: no model folder (config.json is missing)")
+        check_export(folder)
+        transformers.utils.logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.model = MQWenForConditionalGeneration.from_pretrained(folder, dtype=dtype, trust_remote_code=False)

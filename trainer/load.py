@@ -15,6 +15,7 @@ from transformers import (
 from trainer.config import Config, ModelConfig
 from trainer.data.transform import ImageTransform
 from trainer.errors import CheckpointError, ConfigError
+from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.models.tokenization_qwen import (
@@ -37,6 +38,8 @@ def find_export(folder: Path) -> Path:
 
     Raises CheckpointError if it is none of these.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     candidates = [folder, folder / EXPORT]
     if (folder / LATEST).is_file():
         candidates.append(folder / (folder / LATEST).read_text().strip() / EXPORT)
@@ -119,10 +122,19 @@ def load_model(
     return model
 
 
+def check_export(folder: Path) -> None:
+    """Raises CheckpointError if a folder does not hold an exported model."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: its config.json cannot be read ({error})") from error
+    if found != MQWenVLConfig.model_type:
+        raise CheckpointError(f"{folder}: of architecture '{found}', expected an export ('{MQWenVLConfig.model_type}')")
+
+
 def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype, **settings: bool) -> PreTrainedModel:
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if cls is MQWenForConditionalGeneration and found != cls.config_class.model_type:
-        raise CheckpointError(f"{folder}: of architecture '{found}', expected an export ('mqwen_vl')")
+    if cls is MQWenForConditionalGeneration:
+        check_export(folder)
     options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, **settings}
     try:
         model, info = cls.from_pretrained(folder, **options)

@@ -121,16 +121,12 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
-    state = TrainState(
+    return TrainState(
         config=config, world=world, engine=engine, tokenizer=tokenizer, transform=transform,
         train_data=dataset(train_shards), eval_data=dataset(eval_shards) if eval_shards else None,
         order=Order([len(shard) for shard in train_shards], config.run.seed, end), geometry=geometry,
         run=run, last_step=last_step, step=run.step,
     )  # fmt: skip
-    if world.is_main:
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-        (output_dir / "deepspeed.json").write_text(json.dumps(engine.config, indent=1, default=str) + "\n")
-    return state
 
 
 def check_writable(folder: Path) -> None:
@@ -166,6 +162,10 @@ def train(state: TrainState, until: int | None = None) -> None:
     """Trains from the state's step to its last, or to an earlier one, and saves there."""
     config, world = state.config, state.world
     until = until or state.last_step
+    if world.is_main:
+        resolved = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        (state.output_dir / "config.yaml").write_text(resolved, encoding="utf-8")
+        (state.output_dir / "deepspeed.json").write_text(json.dumps(state.engine.config, indent=1, default=str) + "\n")
     slots = micro_batches(state.order, state.geometry, state.step, until)
     loader = batches(state.train_data, slots, config.data.num_workers, state.engine.device.type == "cuda")
     name, every = config.run.name, config.logging.every_steps

@@ -34,9 +34,8 @@ def read_llava(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file}: not JSON ({error})") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{file}: expected LLaVA's JSON, a list of samples, found {type(entries).__name__}")
-    if not any(isinstance(entry, dict) and "conversations" in entry for entry in entries):
-        found = sorted(entries[0]) if isinstance(entries[0], dict) else type(entries[0]).__name__
-        raise DataError(f"{file}: expected LLaVA's fields 'conversations' and 'image' in its entries, found {found}")
+    if not any(isinstance(entry, dict) and isinstance(entry.get("conversations"), list) for entry in entries):
+        raise DataError(f"{file}: entry 0: {_not_llava(entries[0])}")
     return entries
 
 
@@ -59,8 +58,7 @@ def llava_records(
 
 def _llava_record(number: int, name: str, entry: Any, images: Path) -> SourceRecord:
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise DataError(f"expected LLaVA's fields 'conversations' and 'image', found {found}")
+        raise DataError(_not_llava(entry))
     files = entry.get("image") or []
     files = [files] if isinstance(files, str) else files
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
@@ -74,6 +72,11 @@ def _llava_record(number: int, name: str, entry: Any, images: Path) -> SourceRec
     conversation = [{"from": speakers[turn.role], "value": turn.text} for turn in turns]
     members["json"] = {"id": name, "conversations": conversation}
     return SourceRecord(f"{number:08d}-{re.sub(r'[^0-9A-Za-z_-]+', '_', name)[:80]}", members)
+
+
+def _not_llava(entry: Any) -> str:
+    found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+    return f"expected LLaVA's fields 'conversations' and 'image', found {found}"
 
 
 def read_picture(file: Path) -> bytes:
