@@ -135,7 +135,7 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
     else:
         path = Path(resume)
         if not path.is_dir():
-            raise CheckpointError(f"--resume {resume}: no such folder")
+            raise CheckpointError(f"{path}: not a whole checkpoint: no such folder")
     _check_whole(path)
     return path
 
