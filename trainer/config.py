@@ -7,13 +7,9 @@ that do not fit together.
 """
 
 import dataclasses
-import difflib
 import glob
 import json
-import math
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from trainer import deepspeed_json
+from trainer.config_reader import build, set_override
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,8 +165,8 @@ class Config:
             raise ConfigError(f"{file}: expected sections, found a {type(tree).__name__}")
         errors: list[str] = []
         for override in overrides or []:
-            _override(tree, override, errors)
-        config = _build(cls, tree, "", errors)
+            set_override(tree, override, errors)
+        config = build(cls, tree, "", errors)
         if not config.run.output_dir:
             config.run.output_dir = f"runs/{config.run.name}"
         # Of a key that is wrong already, what its default lacks is no second mistake.
@@ -222,96 +219,6 @@ def _expand_braces(pattern: str) -> list[str]:
     first, last = match.groups()
     numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
     return [whole for n in numbers for whole in _expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
-
-
-def _override(tree: dict, override: str, errors: list[str]) -> None:
-    key, equals, value = override.partition("=")
-    *sections, name = key.strip().split(".")
-    node: Any = tree
-    for section in sections:
-        if isinstance(node, dict) and node.get(section) is None:
-            node[section] = {}  # absent, or written without keys
-        node = node[section] if isinstance(node, dict) else None
-    if not equals or not name or not isinstance(node, dict):
-        errors.append(f"--set {override}: expected section.key=value")
-        return
-    try:
-        node[name] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        errors.append(f"--set {override}: the value is not YAML ({error})")
-
-
-def _build(cls: type, tree: Any, where: str, errors: list[str]) -> Any:
-    """A dataclass from a tree of YAML. What is wrong is noted in `errors` and left at its default."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if not isinstance(tree, dict):
-        errors.append(f"{where or 'file'}: expected keys ({', '.join(fields)}), found {tree!r}")
-        tree = {}
-    values = {}
-    for key, value in tree.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key in fields:
-            values[key] = _convert(hints[key], value, name, errors)
-        else:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(fields)}"
-            errors.append(f"{name}: unknown key; {hint}")
-    for name, f in fields.items():
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            if name not in values:
-                errors.append(f"{where}.{name}: missing")
-            if values.get(name, _BAD) is _BAD:
-                values[name] = ""
-    return cls(**{name: value for name, value in values.items() if value is not _BAD})
-
-
-_BAD = object()
-"""A value of the wrong type: noted as a mistake, its default used for the checks that follow."""
-
-
-def _convert(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), {} if value is None else value, where, errors)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list and isinstance(value, list):
-        items = [_convert(arguments[0], item, f"{where}[{i}]", errors) for i, item in enumerate(value)]
-        return _BAD if any(item is _BAD for item in items) else items
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        attempts: list[str] = []
-        for argument in arguments:
-            attempts.clear()
-            if argument is not type(None) and (found := _convert(argument, value, where, attempts)) is not _BAD:
-                return found
-        errors.append(f"{where}: expected {_describe(hint)}, found {value!r}")
-        return _BAD
-    if hint is float:
-        # YAML reads 1e-4 as text.
-        try:
-            if not isinstance(value, bool) and math.isfinite(number := float(value)):
-                return number
-        except (TypeError, ValueError):
-            pass
-    elif origin is Literal:
-        if value in arguments:
-            return value
-    elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    errors.append(f"{where}: expected {_describe(hint)}, found {value!r}")
-    return _BAD
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) is list:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_describe(a) for a in typing.get_args(hint) if a is not type(None))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _check_model(model: ModelConfig) -> list[str]:
