@@ -20,10 +20,10 @@ import transformers
 from demo_task import CAPTION_PROMPT, Scene, draw, random_scene, write_models, write_shards
 from PIL import Image, ImageDraw
 
+from trainer.config import ROOT
 from trainer.errors import run_main
 from trainer.load import find_export
 
-ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("runs/demo")
 HELD_OUT = 256
 """Pictures drawn for the end, from a seed of their own: no training shard holds these drawings."""

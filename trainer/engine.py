@@ -25,9 +25,11 @@ def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
     return settings
 
 
-def build_engine(model: PreTrainedModel, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
-    """Wraps a model whose frozen parameters are already marked: what trains is settled here for the engine's life."""
-    settings = deepspeed_settings(config, world)
+def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """Wraps a model whose frozen parameters are already marked: what trains is settled here for the engine's life.
+
+    settings: of `deepspeed_settings`.
+    """
     if config.model.activation_checkpointing:
         # Non-reentrant: the reentrant kind finds no gradient where a layer's input needs none.
         # (Transformers 5.17 knows the method by its older name.)

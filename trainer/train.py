@@ -87,7 +87,8 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
         transformers.utils.logging.disable_progress_bar()
     # A CLIP folder's text tower is no news; weights that are missing are an error of ours.
     transformers.utils.logging.set_verbosity_error()
-    zero_stage = deepspeed_settings(config, world)["zero_optimization"]["stage"]
+    settings = deepspeed_settings(config, world)
+    zero_stage = settings.get("zero_optimization", {}).get("stage", 0)
     output_dir = Path(config.run.output_dir)
     on_main_rank(world, lambda: check_writable(output_dir))
     resumed_from = checkpoint.find_resume(output_dir, resume)
@@ -117,7 +118,7 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
     )
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
 
-    engine = build_engine(model, config, world)
+    engine = build_engine(model, config, settings)
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
