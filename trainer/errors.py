@@ -11,7 +11,14 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
-    """A mistake outside this code, with a message for the person who can mend it."""
+    """A mistake outside this code, with a message for the person who can mend it.
+
+    on_all_ranks: every rank raises it, so that one of them is enough to say it.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool = False):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
 
 class ConfigError(UserError):
@@ -20,6 +27,17 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A shard, sample or source file that cannot be used."""
+
+
+class BadSample(DataError):
+    """One sample that cannot be used, though its shard can be read: a run notes it and goes on without it.
+
+    kind: what is wrong, in a few words that many samples share; the message has the particulars.
+    """
+
+    def __init__(self, message: str, kind: str = "bad sample"):
+        super().__init__(message)
+        self.kind = kind
 
 
 class CheckpointError(UserError):
@@ -32,6 +50,6 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         # Configurations and folders are the same for all ranks, so one rank says it; a bad sample is one rank's own.
-        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
+        if (isinstance(error, DataError) and not error.on_all_ranks) or os.environ.get("RANK", "0") == "0":
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)

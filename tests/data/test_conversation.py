@@ -6,7 +6,7 @@ import pytest
 
 from trainer.data.conversation import parse_conversation
 from trainer.data.samples import Turn
-from trainer.errors import DataError
+from trainer.errors import BadSample
 
 
 def pairs(turns: list[Turn]) -> list[tuple[str, str]]:
@@ -113,12 +113,12 @@ def test_only_marks_of_questions_count():
 
 @pytest.mark.parametrize(("marks", "images"), [(1, 0), (1, 2), (2, 1), (3, 1)])
 def test_marks_must_be_as_many_as_images(marks, images):
-    with pytest.raises(DataError, match=rf"^{marks} image marks '<image>' in the questions, but {images} images$"):
+    with pytest.raises(BadSample, match=rf"^{marks} image marks '<image>' in the questions, but {images} images$"):
         parse(llava("<image>" * marks + "Q", "A"), images)
 
 
 def test_an_image_needs_a_question():
-    with pytest.raises(DataError, match="has images but no question to put them in"):
+    with pytest.raises(BadSample, match="has images but no question to put them in"):
         parse({"messages": [{"role": "assistant", "content": "A"}]}, 1)
 
 
@@ -155,19 +155,44 @@ def test_an_image_needs_a_question():
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]: unknown role \['user'\]"),
         (llava("Q"), "has no answer to learn from"),
         (llava("Q", ""), r"has no answer to learn from \(no turn of 'gpt' or 'assistant' with text\)"),
-        ({"caption": "  \n"}, "has no answer to learn from"),
+        ({"caption": "A cat."}, "^a caption, but no picture$"),
     ],
 )  # fmt: skip
 def test_other_forms_are_named(record, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(BadSample, match=message):
         parse(record)
+
+
+def test_an_empty_caption_is_no_answer():
+    with pytest.raises(BadSample, match="has no answer to learn from"):
+        parse({"caption": "  \n"}, 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "images", "kind"),
+    [
+        ([], 0, "malformed conversation"),
+        ({"messages": ["hi"]}, 0, "malformed conversation"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 0, "malformed conversation"),
+        (llava("Q", "abc\ud83d"), 0, "malformed conversation"),
+        ({"label": 3}, 0, "no caption or conversation"),
+        (llava("Q"), 0, "no answer"),
+        (llava("<image>Q", "A"), 2, "images and marks differ in number"),
+        ({"caption": "A cat."}, 0, "images and marks differ in number"),
+    ],
+)
+def test_what_is_wrong_has_a_kind_that_many_samples_share(record, images, kind):
+    # The ledger counts by it: it must not hold a number, a name or a text of the sample.
+    with pytest.raises(BadSample) as raised:
+        parse(record, images)
+    assert raised.value.kind == kind
 
 
 @pytest.mark.parametrize("record", [llava("Q", "abc\ud83d"), llava("abc\ude00", "A"), {"caption": "abc\ud800d"}])
 def test_half_a_character_is_refused(record):
     # JSON can spell the half of a surrogate pair ("\ud83d"), but no tokenizer can encode it.
-    with pytest.raises(DataError, match=r"half a character \('\\ud.*, a lone surrogate\) at place 3 of a text"):
-        parse(record)
+    with pytest.raises(BadSample, match=r"half a character \('\\ud.*, a lone surrogate\) at place 3 of a text"):
+        parse(record, images=1 if "caption" in record else 0)
 
 
 def test_one_answer_among_empty_ones_is_enough():

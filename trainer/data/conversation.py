@@ -7,11 +7,13 @@ import re
 from typing import Any
 
 from trainer.data.samples import IMAGE_MARK, Turn
-from trainer.errors import DataError
+from trainer.errors import BadSample
 
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
+MALFORMED = "malformed conversation"
+MISCOUNTED = "images and marks differ in number"
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
@@ -19,39 +21,46 @@ def parse_conversation(record: Any, images: int, caption_prompt: str) -> list[Tu
     """The turns of one record that comes with so many `images`; every image has its mark in a user's turn.
 
     Images without any mark are put before the first question. A caption becomes the answer to `caption_prompt`.
-    Raises DataError where the record is of another form, has no answer, or holds marks for another number of images.
+    Raises BadSample where the record is of another form, has no answer, or holds marks for another number of images.
     """
     if not isinstance(record, dict):
-        raise DataError(f"expected a JSON object, found {type(record).__name__}")
+        raise BadSample(f"expected a JSON object, found {type(record).__name__}", MALFORMED)
     if "conversations" in record:
         turns = _turns(record["conversations"], "conversations", "from", "value")
     elif "messages" in record:
         turns = _turns(record["messages"], "messages", "role", "content")
     elif isinstance(record.get("caption"), str):
+        if not images:
+            raise BadSample("a caption, but no picture", MISCOUNTED)
         turns = [Turn("user", caption_prompt), Turn("assistant", record["caption"].strip())]
     else:
-        raise DataError(
-            f"expected a field 'conversations' (LLaVA), 'messages' or 'caption'; the fields are {sorted(record)}"
+        raise BadSample(
+            f"expected a field 'conversations' (LLaVA), 'messages' or 'caption'; the fields are {sorted(record)}",
+            "no caption or conversation",
         )
     for turn in turns:
         if half := _HALF_CHARACTER.search(turn.text):
-            raise DataError(f"half a character ({half[0]!r}, a lone surrogate) at place {half.start()} of a text")
+            raise BadSample(
+                f"half a character ({half[0]!r}, a lone surrogate) at place {half.start()} of a text", MALFORMED
+            )
     if not any(turn.role == "assistant" and turn.text for turn in turns):
-        raise DataError("the conversation has no answer to learn from (no turn of 'gpt' or 'assistant' with text)")
+        raise BadSample(
+            "the conversation has no answer to learn from (no turn of 'gpt' or 'assistant' with text)", "no answer"
+        )
     return _place_images(turns, images)
 
 
 def _turns(entries: Any, field: str, role_field: str, text_field: str) -> list[Turn]:
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"'{field}' must be a list of turns")
+        raise BadSample(f"'{field}' must be a list of turns", MALFORMED)
     turns = []
     for number, entry in enumerate(entries):
         where = f"{field}[{number}]"
         if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
-            raise DataError(f"{where}: expected an object with the texts '{role_field}' and '{text_field}'")
+            raise BadSample(f"{where}: expected an object with the texts '{role_field}' and '{text_field}'", MALFORMED)
         role = entry.get(role_field)
         if not isinstance(role, str) or role not in ROLES:
-            raise DataError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
+            raise BadSample(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}", MALFORMED)
         turns.append(Turn(ROLES[role], entry[text_field]))
     return turns
 
@@ -61,9 +70,9 @@ def _place_images(turns: list[Turn], images: int) -> list[Turn]:
     if marks == 0 and images:
         question = next((turn for turn in turns if turn.role == "user"), None)
         if question is None:
-            raise DataError("the conversation has images but no question to put them in")
+            raise BadSample("the conversation has images but no question to put them in", MALFORMED)
         question.text = f"{IMAGE_MARK}\n" * images + question.text
         marks = images
     if marks != images:
-        raise DataError(f"{marks} image marks '{IMAGE_MARK}' in the questions, but {images} images")
+        raise BadSample(f"{marks} image marks '{IMAGE_MARK}' in the questions, but {images} images", MISCOUNTED)
     return turns

@@ -1,4 +1,4 @@
-"""One index per tar: for every sample its key and, of each member, kind, offset and size.
+"""One index per tar: for every sample its key and, of each member, kind, place, size and, of pictures, their shape.
 
 With it a sample is read by offset, in any order, without scanning. The index lies beside its tar, or, where that folder
 is read-only, in a cache folder; it is used as long as the tar's size and time of change are those it was made from.
@@ -8,25 +8,62 @@ import hashlib
 import os
 import tarfile
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from trainer.data.kept import load_kept, save_kept
+from trainer.data.picture import header_size
 from trainer.errors import DataError
+from trainer.urls import shown
 
-VERSION = 2
+VERSION = 5
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("json", "txt")
 BLOCK = 512
 """Bytes of a tar block; headers and data are padded to it."""
+
+HEADER_BYTES = 1 << 16
+"""Of a picture, read for its shape; where they do not suffice (large metadata), all of it is."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a run keeps of every tar: a few words, however many samples are in it."""
+
+    path: Path
+    """Of a remote shard, where its local copy is while it is needed."""
+    samples: int
+    digest: str
+    """Hash of the tar's size, its headers, and the first `HEADER_BYTES` of each member of a sample."""
+    size: int
+    """Bytes of the tar when it was indexed."""
+    mtime_ns: int
+    """Its time of change then."""
+    keys: str = ""
+    """Hash of the samples' keys."""
+    url: str = ""
+    """Of a remote shard."""
+
+    @property
+    def place(self) -> Path | str:
+        """What it is known by: its path, or its URL."""
+        return self.url or self.path
+
+    @property
+    def name(self) -> str:
+        """As `place`, for people: a URL without its query, which may be secret."""
+        return shown(self.url) or str(self.path)
+
+    def __len__(self) -> int:
+        return self.samples
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
     """Where the samples of one tar lie. S samples, M members."""
 
-    path: Path
+    shard: Shard
     key_bytes: np.ndarray
     """All keys one after another, UTF-8, uint8."""
     key_ends: np.ndarray
@@ -41,6 +78,10 @@ class ShardIndex:
     """(M,) int64: first byte of the member's data in the tar."""
     size: np.ndarray
     """(M,) int64: bytes."""
+    width: np.ndarray
+    """(M,) int32: pixels, as the picture's header says; 0 for texts and where there is no readable header."""
+    height: np.ndarray
+    """(M,) int32."""
 
     def __len__(self) -> int:
         return len(self.key_ends)
@@ -52,81 +93,96 @@ class ShardIndex:
         """Rows of sample `i` in the member columns."""
         return slice(self.member_ends[i - 1] if i else 0, self.member_ends[i])
 
-    @cached_property
-    def name(self) -> str:
-        return self.path.name
+    def images(self) -> np.ndarray:
+        """(S,) int64: pictures of each sample."""
+        ends = np.concatenate([[0], np.cumsum(self.is_image)])[self.member_ends]
+        return np.diff(ends, prepend=0)
 
 
-_COLUMNS = ("key_bytes", "key_ends", "member_ends", "is_image", "is_json", "offset", "size")
+_COLUMNS = ("key_bytes", "key_ends", "member_ends", "is_image", "is_json", "offset", "size", "width", "height")
+_SHARD = ("stamp", "samples", "digest", "keys")
 
 
 def open_index(tar: Path) -> ShardIndex:
     """The index of a tar, read if it is current, made (and kept) otherwise. Raises DataError if the tar is damaged."""
+    if index := kept_index(tar, tar, [VERSION, *_stat(tar)]):
+        return index
+    index = scan(tar)
+    keep_index(tar, index)
+    return index
+
+
+def find_shard(tar: Path) -> Shard | None:
+    """The few words that a run keeps of a tar, from its index; None if that is to be made. Raises DataError if there
+    is no tar."""
+    stored = load_kept(tar, "index", [VERSION, *_stat(tar)], _SHARD)
+    return stored_shard(stored, tar) if stored else None
+
+
+def kept_index(place: Path | str, path: Path, stamp: list[int], url: str = "") -> ShardIndex | None:
+    """The index kept for a tar (a path or a URL) under a stamp, or under one that begins so."""
+    stored = load_kept(place, "index", stamp, (*_SHARD, *_COLUMNS))
+    if not stored:
+        return None
+    return ShardIndex(stored_shard(stored, path, url), **{name: stored[name] for name in _COLUMNS})
+
+
+def keep_index(place: Path | str, index: ShardIndex) -> None:
+    """Keeps an index for a tar (a path or a URL)."""
+    hashes = {name: np.frombuffer(bytes.fromhex(getattr(index.shard, name)), np.uint8) for name in ("digest", "keys")}
+    stamp = [VERSION, index.shard.size, index.shard.mtime_ns]
+    columns = {name: getattr(index, name) for name in _COLUMNS}
+    save_kept(place, "index", stamp, {"samples": np.array(len(index)), **hashes, **columns})
+
+
+def stored_shard(stored: dict[str, np.ndarray], path: Path, url: str = "") -> Shard:
+    _, size, mtime_ns = stored["stamp"].tolist()
+    digest, keys = (stored[name].tobytes().hex() for name in ("digest", "keys"))
+    return Shard(path, int(stored["samples"]), digest, size, mtime_ns, keys, url)
+
+
+def _stat(tar: Path) -> tuple[int, int]:
     try:
         stat = tar.stat()
     except OSError as error:
         raise DataError(f"{tar}: the shard cannot be read ({error.strerror})") from error
-    stamp = np.array([VERSION, stat.st_size, stat.st_mtime_ns])
-    for place in _places(tar):
-        try:
-            with np.load(place, allow_pickle=False) as stored:
-                if np.array_equal(stored["stamp"], stamp):
-                    return ShardIndex(tar, **{name: stored[name] for name in _COLUMNS})
-        except Exception:  # absent, or damaged: numpy and zipfile answer to that with many classes
-            continue  # made anew below
-    index = scan(tar)
-    for place in _places(tar):
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            partial = place.with_name(f".{place.name}.{os.getpid()}.tmp.npz")
-            np.savez(partial, stamp=stamp, **{name: getattr(index, name) for name in _COLUMNS})
-            partial.replace(place)
-            break
-        except OSError:
-            continue  # read-only folder: the next place, or work without a stored index
-    return index
-
-
-def _places(tar: Path) -> list[Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mqwen-trainer" / "index"
-    name = hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]
-    return [tar.with_name(f"{tar.name}.index.npz"), cache / f"{tar.stem}-{name}.npz"]
+    return stat.st_size, stat.st_mtime_ns
 
 
 def scan(tar: Path) -> ShardIndex:
     """Reads the headers of a tar. Members `KEY.EXT` (or `KEY.N.EXT`, ordered by N) that stand together make a sample.
 
-    Raises DataError for a truncated or damaged tar, for a sample whose members do not stand together or come twice, and
-    for one without text.
+    Raises DataError for a truncated or damaged tar and for a sample whose members do not stand together or come twice.
     """
+    size, mtime_ns = _stat(tar)
+    digest = hashlib.sha256(f"{size}".encode())
     keys: list[str] = []
     names: set[str] = set()  # of the members of the last sample
-    size = tar.stat().st_size
-    members: list[tuple[int, int, bool, bool, int, int]] = []  # sample, N, is_image, is_json, offset, size
+    # sample, N, is_image, is_json, offset, size, width, height
+    members: list[tuple[int, int, bool, bool, int, int, int, int]] = []
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tar.open("rb") as file, tarfile.open(tar, "r:") as archive:
             for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                number, _, extension = extension.lower().rpartition(".")
-                if not (member.isfile() and stem and dot and extension in IMAGE_EXTENSIONS + TEXT_EXTENSIONS):
+                header = (member.name, member.size, member.offset_data, member.mtime, member.chksum)
+                digest.update(repr(header).encode(errors="surrogateescape"))
+                if (parts := _parse_name(member)) is None:
                     continue
-                if number and not number.isdecimal():
-                    continue  # KEY.seg.png is of another use than KEY.png and KEY.0.png
-                key = f"{folder}/{stem}" if folder else stem
+                key, number, extension = parts
                 if not keys or keys[-1] != key:
                     keys.append(key)
                     names.clear()
-                if name in names:
+                if member.name in names:
                     raise DataError(f"{tar}: member {member.name} comes twice; each sample needs a key of its own")
-                names.add(name)
-                is_image, position = extension in IMAGE_EXTENSIONS, int(number or 0)
-                members.append(
-                    (len(keys) - 1, position, is_image, extension == "json", member.offset_data, member.size)
-                )
+                names.add(member.name)
                 end = member.offset_data + member.size
                 if end > size:
                     raise DataError(f"{tar}: truncated: member {member.name} ends at byte {end}, beyond the file")
+                is_image = extension in IMAGE_EXTENSIONS
+                start = os.pread(file.fileno(), min(HEADER_BYTES, member.size), member.offset_data)
+                digest.update(start)
+                shape = _picture_shape(file.fileno(), member, start) if is_image else (0, 0)
+                place = (member.offset_data, member.size, *shape)
+                members.append((len(keys) - 1, number, is_image, extension == "json", *place))
             _check_end(tar, archive.offset)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{tar}: not a readable tar ({error}); make the shard again") from error
@@ -136,21 +192,40 @@ def scan(tar: Path) -> ShardIndex:
 
     # By N as a number: writers sort names, and "10.png" comes before "2.png".
     members.sort(key=lambda member: member[:2])
-    columns = np.array([(sample, *rest) for sample, _, *rest in members], dtype=np.int64).reshape(-1, 5)
-    texts = np.bincount(columns[columns[:, 1] == 0, 0], minlength=len(keys))
-    if len(keys) and texts.min() == 0:
-        raise DataError(f"{tar}: sample '{keys[int(texts.argmin())]}' has no text (.json or .txt)")
+    columns = np.array([(sample, *rest) for sample, _, *rest in members], dtype=np.int64).reshape(-1, 7)
     encoded = [key.encode(errors="surrogateescape") for key in keys]
+    key_bytes = b"".join(encoded)
     return ShardIndex(
-        path=tar,
-        key_bytes=np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        shard=Shard(tar, len(keys), digest.hexdigest(), size, mtime_ns, hashlib.sha256(key_bytes).hexdigest()),
+        key_bytes=np.frombuffer(key_bytes, dtype=np.uint8),
         key_ends=np.cumsum([len(key) for key in encoded], dtype=np.int64),
         member_ends=np.searchsorted(columns[:, 0], np.arange(len(keys)), side="right"),
         is_image=columns[:, 1].astype(bool),
         is_json=columns[:, 2].astype(bool),
         offset=columns[:, 3],
         size=columns[:, 4],
+        width=columns[:, 5].astype(np.int32),
+        height=columns[:, 6].astype(np.int32),
     )
+
+
+def _parse_name(member: tarfile.TarInfo) -> tuple[str, int, str] | None:
+    """Key, number and extension of a member that belongs to a sample; None for any other."""
+    folder, _, name = member.name.rpartition("/")
+    stem, dot, extension = name.partition(".")
+    number, _, extension = extension.lower().rpartition(".")
+    if not (member.isfile() and stem and dot and extension in IMAGE_EXTENSIONS + TEXT_EXTENSIONS):
+        return None
+    if number and not number.isdecimal():
+        return None  # KEY.seg.png is of another use than KEY.png and KEY.0.png
+    return f"{folder}/{stem}" if folder else stem, int(number or 0), extension
+
+
+def _picture_shape(file: int, member: tarfile.TarInfo, start: bytes) -> tuple[int, int]:
+    shape = header_size(start)
+    if shape == (0, 0) and member.size > len(start):
+        shape = header_size(os.pread(file, member.size, member.offset_data))
+    return shape
 
 
 def _check_end(tar: Path, offset: int) -> None:

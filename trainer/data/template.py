@@ -7,12 +7,13 @@ supervised is known from the construction and never guessed from the text. Text 
 "<|im_start|>" is encoded as those letters. Each image mark becomes a run of placeholders as long as its features.
 """
 
-from functools import lru_cache
+import hashlib
+from functools import cached_property, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.samples import IGNORE_INDEX, IMAGE_MARK, Turn
-from trainer.errors import DataError
+from trainer.errors import BadSample, DataError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
@@ -35,6 +36,12 @@ class ChatTemplate:
             lambda text: tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
         )
         self.newline = self._text("\n")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that the ids of a text depend on: two templates with the same one encode alike."""
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+        return hashlib.sha256(f"ChatML {len(self.image_run)} {tokenizer}".encode()).hexdigest()[:12]
 
     def _text(self, text: str) -> list[int]:
         return list(self._remembered(text))
@@ -73,17 +80,18 @@ class ChatTemplate:
     def truncate(self, input_ids: list[int], labels: list[int], max_length: int) -> tuple[list[int], list[int]]:
         """Cuts at the end, never inside or before an image's run: the features of an image go in whole.
 
-        Raises DataError where the images alone do not fit, or where nothing supervised would be left.
+        Raises BadSample where the images alone do not fit, or where nothing supervised would be left.
         """
         if len(input_ids) > max_length:
             image_id = self.image_run[0]
             end_of_images = len(input_ids) - input_ids[::-1].index(image_id) if image_id in input_ids else 0
             if end_of_images > max_length:
-                raise DataError(
+                raise BadSample(
                     f"its images reach to token {end_of_images}, beyond data.max_length={max_length}, and an image is "
-                    f"never cut: raise data.max_length or leave the sample out"
+                    f"never cut: raise data.max_length or leave the sample out",
+                    "too many images",
                 )
             input_ids, labels = input_ids[:max_length], labels[:max_length]
         if all(label == IGNORE_INDEX for label in labels[1:]):
-            raise DataError("no token of an answer is left to supervise")
+            raise BadSample("no token of an answer is left to supervise", "nothing supervised")
         return input_ids, labels

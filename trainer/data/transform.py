@@ -3,17 +3,24 @@
 Workers hand on uint8, a quarter of the bytes of fp32; the training device divides and subtracts.
 """
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from trainer.errors import DataError
+from trainer.data.picture import decode
 
 IMAGE_ASPECTS = ("crop", "pad", "squash")
+
+FAST_SHRINK = 1.9
+"""From this factor on, PyTorch's bicubic filter stands in for Pillow's, at a seventh of the time. It weighs in 16 bits
+where Pillow has 32: one level in two hundred is off by one. In 34 million levels of noise none was off by two; at 1.8
+one was, at 1.5 sixteen, and enlarging made more."""
+
+FAST = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+"""Elsewhere PyTorch's filter is a plain loop, slower than Pillow's."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +37,30 @@ class ImageTransform:
     """Of CLIP's training pictures, red green blue, 0 to 1. (source: CLIP's preprocessor_config.json)"""
 
     def __call__(self, encoded: bytes) -> torch.Tensor:
-        """Encoded picture -> (3, size, size) uint8. Raises DataError if it cannot be decoded."""
-        pixels = np.array(self._resize(decode(encoded)))  # (size, size, 3)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        """Encoded picture -> (3, size, size) uint8, within one level of CLIP's processor.
 
-    def _resize(self, image: Image.Image) -> Image.Image:
+        Raises BadSample if it cannot be decoded or is too large.
+        """
+        image = decode(encoded)
         size, (width, height) = self.size, image.size
         if self.aspect == "squash":
-            return image.resize((size, size), Image.Resampling.BICUBIC)
+            return resize(image, size, size).contiguous()
         if self.aspect == "pad":
-            colour = tuple(round(255 * channel) for channel in self.mean)
             # Not `ImageOps.pad`: of a strip (1 x 3000) it leaves nothing.
             inner = [max(1, round(size * side / max(width, height))) for side in (width, height)]
-            picture = image.resize((inner[0], inner[1]), Image.Resampling.BICUBIC)
-            square = Image.new("RGB", (size, size), colour)
-            square.paste(picture, ((size - inner[0]) // 2, (size - inner[1]) // 2))
+            left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
+            colour = torch.tensor([round(255 * channel) for channel in self.mean], dtype=torch.uint8)
+            square = colour[:, None, None].repeat(1, size, size)
+            square[:, top : top + inner[1], left : left + inner[0]] = resize(image, inner[0], inner[1])
             return square
         # The long side is rounded down and the crop starts at the floor of the margin, as in CLIP's processor.
         short = min(width, height)
         resized = [int(size * width / short), int(size * height / short)]
         offset = [(side - size) // 2 for side in resized]
         # Of an extreme strip (1 x 3000) only the middle is resized, with a margin wider than the filter: the whole
-        # would fill the memory. Pixels may differ a little, for Pillow chooses by size which side it resizes first.
-        box = [0.0, 0.0, float(width), float(height)]
+        # would fill the memory. Pixels may differ a little, for Pillow chooses by size which side it resizes first:
+        # which is also why the middle of other pictures is cut out afterwards.
+        box: list[float] = [0, 0, width, height]
         margin = 2 * max(1, -(-size // short)) + 2
         for axis, side in enumerate((width, height)):
             if resized[axis] > 64 * size:
@@ -60,8 +68,8 @@ class ImageTransform:
                 box[axis], box[axis + 2] = start / zoom, (start + size + 2 * margin) / zoom
                 resized[axis], offset[axis] = size + 2 * margin, margin
         left, top = offset
-        image = image.resize((resized[0], resized[1]), Image.Resampling.BICUBIC, box=(box[0], box[1], box[2], box[3]))
-        return image.crop((left, top, left + size, top + size))
+        pixels = resize(image, resized[0], resized[1], (box[0], box[1], box[2], box[3]))
+        return pixels[:, top : top + size, left : left + size].contiguous()
 
     def to_processor(self) -> CLIPImageProcessorPil:
         """The image processor of Transformers with the same result ("pad" is left to this class)."""
@@ -71,23 +79,21 @@ class ImageTransform:
 
     def normalize(self, pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(N, 3, H, W) uint8 -> `dtype`, zero mean and unit deviation over CLIP's training pictures."""
-        mean = torch.tensor(self.mean, device=pixel_values.device)[:, None, None]
-        std = torch.tensor(self.std, device=pixel_values.device)[:, None, None]
-        return ((pixel_values.float() / 255 - mean) / std).to(dtype)
+        mean, std = (torch.tensor(v, device=pixel_values.device)[:, None, None] for v in (self.mean, self.std))
+        return (pixel_values * (1 / (255 * std))).sub_(mean / std).to(dtype)  # two passes over the pixels, not four
 
 
-def decode(encoded: bytes) -> Image.Image:
-    """Encoded picture -> upright RGB image; transparency is laid over white. Raises DataError if it cannot be read."""
-    try:
-        image: Image.Image = Image.open(io.BytesIO(encoded))
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise DataError("the picture cannot be decoded (its format is not known)") from error
-    except Exception as error:  # of a damaged picture Pillow makes errors of many classes, struct.error among them
-        raise DataError(f"the picture cannot be decoded ({error})") from error
+def resize(
+    image: Image.Image, width: int, height: int, box: tuple[float, float, float, float] | None = None
+) -> torch.Tensor:
+    """The picture, or a box of it -> (3, height, width) uint8, within one level of Pillow's bicubic filter."""
+    # Pillow shortens a tall picture before it narrows it, rounding and clipping between; PyTorch never does.
+    tall = image.height - height > 2 * (image.width - width)
+    shrinks = image.width >= FAST_SHRINK * width and image.height >= FAST_SHRINK * height
+    if FAST and shrinks and not tall and box in (None, (0, 0, image.width, image.height)):
+        # With the fourth byte that Pillow pads each pixel with: to leave it out takes longer than to resize it.
+        stored = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
+        pixels = stored.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
+        return torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0, :3]
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, box)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
