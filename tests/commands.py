@@ -8,12 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def command(*args: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the repository, with this Python's folder first on the path. Its output is kept."""
+def command(*args: str, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the repository, with this Python's folder first on the path. Its output is kept.
+
+    variables: of the environment, beside this process's own.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        args, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    environment = {**os.environ, "PATH": path, **variables}
+    return subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def deepspeed(*args: str, ranks: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:

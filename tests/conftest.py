@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from https_server import certificate, server  # noqa: F401  (fixtures)
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from trainer.data.writer import ShardWriter

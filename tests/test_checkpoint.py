@@ -3,7 +3,7 @@
 import json
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -236,9 +236,9 @@ def test_state_of_the_same_samples_is_read(run, state):
     [
         ({"seed": 43}, ["run.seed was 42, is 43"]),
         ({"global_batch_size": 16}, ["train.global_batch_size was 8, is 16"]),
-        ({"shards": "0" * 16}, ["fingerprint of the training shards was", "is 0000000000000000"]),
+        ({"order": "packs"}, ["order of the samples was samples, is packs"]),
         ({"seed": 1, "global_batch_size": 4}, ["run.seed was 42, is 1", "train.global_batch_size was 8, is 4"]),
-        ({"format": 2}, ["format was 1, is 2"]),
+        ({"format": 3}, ["format was 2, is 3"]),
         ({"world_size": 7, "zero_stage": 1}, ["number of ranks was", "is 7", "ZeRO stage was", "is 1"]),
     ],
 )
@@ -249,6 +249,38 @@ def test_other_stream_of_samples_is_refused_by_name(run, state, changes, said):
     assert all(text in str(raised.value) for text in said)
     assert str(raised.value).count(" was ") == len(changes)
     assert f"model.init_from={path}" in str(raised.value)  # the way out
+
+
+def test_shards_that_differ_are_named(run, state):
+    # Four tars, "name hash" each; of more than three that differ, three are named.
+    path = run / "checkpoint-000005"
+    first, second, third, fourth = state.shards
+    assert [shard.partition(" ")[0] for shard in state.shards] == [f"tiny-{n}-000000.tar" for n in range(4)]
+    other = [f"tiny-{n}-000000.tar {'0' * 16}" for n in range(4)]
+    cases = {
+        "shard tiny-1-000000.tar has changed": [first, other[1], third, fourth],
+        "shard tiny-3-000000.tar is missing": [first, second, third],
+        "shard tiny-4-000000.tar is new": [*state.shards, "tiny-4-000000.tar 00"],
+        "the training shards come in another order": [second, first, third, fourth],
+        "shard tiny-0-000000.tar has changed; shard tiny-1-000000.tar has changed; shard tiny-2-000000.tar has "
+        "changed; and 1 more shards differ": other,
+    }
+    for said, shards in cases.items():
+        with pytest.raises(CheckpointError) as raised:
+            read_state(path, replace(state, shards=shards))
+        assert str(raised.value).startswith(f"{path}: another run than this one: {said}. Set them back")
+
+
+def test_a_changed_shard_is_named_though_another_has_its_name(run, state):
+    # Sources in folders of their own often have the same names: each is numbered from 0.
+    path = run / "checkpoint-000005"
+    before = ["shard-000000.tar 11", "shard-000001.tar 22", "shard-000000.tar 33"]
+    (path / "state.json").write_text(json.dumps(asdict(replace(state, shards=before))))
+    for now in (["shard-000000.tar 44", *before[1:]], [*before[:2], "shard-000000.tar 44"]):
+        with pytest.raises(CheckpointError, match="this one: shard shard-000000.tar has changed. Set"):
+            read_state(path, replace(state, shards=now))
+    with pytest.raises(CheckpointError, match="this one: shard shard-000000.tar is missing. Set"):
+        read_state(path, replace(state, shards=before[:2]))
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"step": 5, "code": "x"}', "[5]"])

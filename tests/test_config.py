@@ -236,7 +236,7 @@ def test_one_mistake_gives_one_line(mistakes, tree, section, value, said):
         ),
         ({"shards": "TAR"}, "data.train[0].name: missing"),
         ({"name": 5, "shards": "TAR"}, "data.train[0].name: expected text, found 5"),
-        ({"name": "a", "shards": "TAR", "wieght": 2}, "data.train[0].wieght: unknown key; known are name, shards"),
+        ({"name": "a", "shards": "TAR", "wieght": 2}, "data.train[0].wieght: unknown key; did you mean 'weight'?"),
     ],
 )
 def test_sources_are_checked_like_sections(mistakes, tree, tars, source, said):
@@ -358,7 +358,9 @@ def test_every_key_has_a_row_and_a_meaning():
     # Independently of the generator: the keys of a whole configuration, written out.
     rows = [row.split(" | ") for row in list_keys.table().splitlines()[2:]]
     assert all(meaning.strip(" |") for _, _, meaning in rows)
-    documented = {key.strip("| `") for key, _, _ in rows} - {"data.train[].name", "data.train[].shards"}
+    documented = {key.strip("| `") for key, _, _ in rows} - {
+        f"data.train[].{key}" for key in ("name", "shards", "weight")
+    }
     tree = Config().to_dict()
     keys = {f"{s}.{key}" for s, values in tree.items() if isinstance(values, dict) for key in values}
     assert documented == keys | {s for s, values in tree.items() if not isinstance(values, dict)}

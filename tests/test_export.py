@@ -31,13 +31,13 @@ save_file({"logits": logits}, out / "logits.safetensors")
 
 def train_and_keep_logits(world, config_file: str, out: str, stage: str) -> None:
     """Trains a few steps, saves, and keeps the live model's logits on one batch."""
-    from trainer.data.order import Slot
+    from trainer.data.order import MicroBatch, Slot
     from trainer.train import setup, train
 
     settings = [f"run.output_dir={out}/run", f"deepspeed=ds_configs/{stage}.json", "train.max_steps=3"]
     state = setup(Config.load(config_file, settings, world.world_size), world)
     train(state)
-    batch = state.train_data.__getitems__([Slot(0, i) for i in range(5)])
+    batch = state.train_data.batch(MicroBatch([[Slot(0, i)] for i in range(5)], is_last=True))
     inputs = {name: tensor for name, tensor in state.inputs(batch).items() if name != "labels"}
     state.engine.eval()
     with torch.no_grad():

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from trainer.config import Config, expand_shards
 from trainer.data.index import ShardIndex, open_index
 from trainer.data.loader import ShardDataset
-from trainer.data.order import Order, Slot, global_batch
+from trainer.data.order import Row, Slot, global_batch
+from trainer.data.plan import NamedSource, make_stream
+from trainer.data.reader import ShardReader
 from trainer.data.template import ChatTemplate
 from trainer.data.writer import ShardWriter
 from trainer.freeze import freeze
@@ -54,7 +56,8 @@ def write_sharp_model(plain: Path, folder: Path) -> str:
     return str(folder)
 
 
-def is_text(shards: list[ShardIndex], slot: Slot) -> bool:
+def is_text(shards: list[ShardIndex], row: Row) -> bool:
+    (slot,) = row
     shard = shards[slot.shard]
     return not shard.is_image[shard.members(slot.sample)].any()
 
@@ -85,7 +88,8 @@ def runs(tiny_run, tmp_path_factory) -> dict[str, list[str]]:
     # Two samples to each of two ranks. A seed that gives rank 0 pictures alone and rank 1 texts alone in step 0, and
     # the other way round in step 1.
     kinds = [False, False, True, True, True, True, False, False]
-    order = ([Order([len(s) for s in shards], seed), seed] for seed in itertools.count())
+    source = NamedSource("uneven", [index.shard for index in shards])
+    order = ([make_stream([source], seed), seed] for seed in itertools.count())
     one_sided = next(
         seed for stream, seed in order
         if [is_text(shards, s) for step in (0, 1) for s in global_batch(stream, step, 4)] == kinds
@@ -129,7 +133,8 @@ class Plain:
         shards = [open_index(tar) for source in config.data.train for tar in expand_shards(source.shards)]
         template = ChatTemplate(tokenizer, self.model.config.image_token_id, self.model.config.image_context_length)
         self.transform = image_transform(self.model)
-        self.data = ShardDataset(shards, template, self.transform, config.data.max_length)
+        reader = ShardReader([index.shard for index in shards], config.data.system_prompt, config.data.caption_prompt)
+        self.data = ShardDataset(reader, template, self.transform, config.data.max_length)
         self.slots = {shard.key(i): Slot(n, i) for n, shard in enumerate(shards) for i in range(len(shard))}
 
     def sums(self, keys: list[str]) -> list[tuple[torch.Tensor, int]]:

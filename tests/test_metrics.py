@@ -11,6 +11,7 @@ from trainer.metrics import Recorder
 TAGS = {
     "train/loss", "train/learning_rate/projector", "train/learning_rate/language_model", "train/grad_norm",
     "train/tokens_per_second", "train/images_per_second", "train/data_wait_seconds", "train/memory_gib", "eval/loss",
+    "train/truncated_samples", "train/bad_samples",
 }  # fmt: skip
 
 
@@ -19,7 +20,8 @@ def line(step: int, **changes) -> dict:
     return {
         "step": step, "epoch": step / 10, "loss": 100.0 + step, "grad_norm": 0.5,
         "learning_rate": {"projector": 1e-3, "language_model": 2e-5}, "supervised_tokens": 30, "tokens": 60,
-        "images": 6, "truncated_tokens": 0, "skipped_steps": 0, "step_time": 1.5, "data_time": 0.25, **changes,
+        "images": 6, "truncated_samples": 2, "truncated_tokens": 40, "bad_samples": 1, "skipped_steps": 0,
+        "step_time": 1.5, "data_time": 0.25, **changes,
     }  # fmt: skip
 
 
@@ -53,10 +55,20 @@ def test_every_step_has_its_line_and_its_points(tmp_path):
     assert found["train/tokens_per_second"][0] == (1, 40.0)
     assert found["train/images_per_second"][0] == (1, 4.0)
     assert found["train/data_wait_seconds"][0] == (1, 0.25)
+    assert found["train/truncated_samples"][0] == (1, 2.0)
+    assert found["train/bad_samples"][0] == (1, 1.0)
     assert found["train/learning_rate/projector"][0][1] == pytest.approx(1e-3)
     assert found["train/learning_rate/language_model"][0][1] == pytest.approx(2e-5)
     # A Python with torch in it takes some tenths of a GiB, and this machine has less than a TiB.
     assert 0.01 < found["train/memory_gib"][0][1] < 1024
+
+
+def test_every_weighted_source_has_a_curve_of_its_epochs(tmp_path):
+    with Recorder(tmp_path, "test", 0, 20, 1, True) as recorder:
+        recorder.step(line(1, epoch=0.25, epochs={"cats": 0.25, "dogs": 1.5}))
+    found = points(tmp_path)
+    assert found["train/epoch"] == [(1, 0.25)]
+    assert (found["train/epoch/cats"], found["train/epoch/dogs"]) == ([(1, 0.25)], [(1, 1.5)])
 
 
 def test_points_come_every_so_many_steps_and_at_both_ends(tmp_path):

@@ -12,7 +12,8 @@ import os
 import pickle
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from trainer.errors import CheckpointError
 from trainer.load import EXPORT, LATEST
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
-FORMAT = 1
+FORMAT = 2
 DEEPSPEED = "deepspeed"
 """Tag, and so folder, of DeepSpeed's own files."""
 
@@ -45,11 +46,15 @@ class RunState:
     step: int
     seed: int
     global_batch_size: int
-    shards: str
-    """Fingerprint of the training shards."""
+    order: str
+    """How samples become rows: plain, packed, mixed."""
+    shards: list[str]
+    """Name and hash of each training shard."""
     world_size: int
     zero_stage: int
     """Ranks and ZeRO stage that DeepSpeed's files are cut for."""
+    bad_samples: dict[str, int] = field(default_factory=dict)
+    """Samples left out so far, by kind."""
     format: int = FORMAT
 
 
@@ -161,18 +166,32 @@ def read_state(path: Path, expected: RunState) -> RunState:
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: its state.json cannot be read ({error})") from error
     names = {"format": "format", "seed": "run.seed", "global_batch_size": "train.global_batch_size",
-             "shards": "fingerprint of the training shards", "world_size": "number of ranks",
-             "zero_stage": "ZeRO stage"}  # fmt: skip
+             "order": "order of the samples", "world_size": "number of ranks", "zero_stage": "ZeRO stage"}  # fmt: skip
     differing = [
         f"{text} was {getattr(state, name)}, is {getattr(expected, name)}"
         for name, text in names.items() if getattr(state, name) != getattr(expected, name)
     ]  # fmt: skip
+    differing += _differing_shards(state.shards, expected.shards)
     if differing:
         raise CheckpointError(
             f"{path}: another run than this one: {'; '.join(differing)}. Set them back, or start in a new run folder, "
             f"with model.init_from={path} to keep the weights."
         )
     return state
+
+
+def _differing_shards(before: list[str], now: list[str]) -> list[str]:
+    """What has become of the training shards since a checkpoint, in words; each is named by "name hash"."""
+    if before == now:
+        return []
+    # Sources may have shards of one name: what is left of both lists once equals are taken away is told by its names.
+    old, new = Counter(before) - Counter(now), Counter(now) - Counter(before)
+    gone, come = (Counter(shard.rpartition(" ")[0] for shard in left.elements()) for left in (old, new))
+    changed = [f"shard {name} has changed" for name in (gone & come).elements()]
+    changed += [f"shard {name} is missing" for name in (gone - come).elements()]
+    changed += [f"shard {name} is new" for name in (come - gone).elements()]
+    more = [f"and {len(changed) - 3} more shards differ"] if len(changed) > 3 else []
+    return changed[:3] + more or ["the training shards come in another order"]
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:

@@ -19,6 +19,7 @@ import yaml
 from trainer import deepspeed_json
 from trainer.config_reader import build, set_override
 from trainer.errors import ConfigError
+from trainer.urls import check_scheme, scheme_of
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: `ds_configs/` and `launch/configs/` lie here."""
@@ -58,7 +59,10 @@ class ShardsConfig:
     name: str
     """Of the source, in logs."""
     shards: str | list[str]
-    """Tars: a path, a glob, a brace range ('data-{000..099}.tar'), or a list of these."""
+    """Tars: a path, a glob, a brace range ('data-{000..099}.tar'), or a list of these; also s3://, https://, hf://."""
+    weight: float | None = None
+    """Share of the rows that this source gives, relative to the others' weights; each source then has epochs of its
+    own. Without weights an epoch has every sample of all sources once."""
 
 
 @dataclass
@@ -68,13 +72,23 @@ class DataConfig:
     eval: list[ShardsConfig] = field(default_factory=list)
     """Held-out sources."""
     max_length: int = 2048
-    """Tokens of a sample, image features included; longer text is cut at its end."""
+    """Tokens of a sample, or of a pack, image features included; longer text is cut at its end."""
+    packing: bool = False
+    """Put whole conversations together into rows of `max_length` tokens, each seeing itself alone. Batch sizes then
+    count packs."""
     num_workers: int = 4
     """Reading processes of each rank."""
+    cache_dir: str | None = None
+    """Folder, best on a local disk, for copies of remote shards. Default: ~/.cache/mqwen-trainer/shards."""
+    cache_gib: float = 100.0
+    """Size of these copies at most; those of some fifty shards should fit."""
     system_prompt: str = "You are a helpful assistant."
     """Opens conversations that have no system turn of their own; empty for none."""
     caption_prompt: str = "Describe the image."
     """Question to which a caption is the answer."""
+    max_bad_fraction: float = 0.01
+    """Share of bad samples (undecodable, without an answer, ...) above which the run stops; below it they are left out
+    and named in bad_samples.jsonl."""
 
 
 @dataclass
@@ -98,13 +112,15 @@ class OptimConfig:
 @dataclass
 class TrainConfig:
     epochs: int | None = None
-    """Passes over the data; or give max_steps."""
+    """Passes over the data; or give max_steps (weighted sources need that)."""
     max_steps: int | None = None
     """Optimizer steps; or give epochs."""
     global_batch_size: int = 128
-    """Samples per optimizer step, over all ranks and accumulation steps."""
+    """Samples (or packs) per optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: int = 1
-    """Samples per forward pass of one rank."""
+    """Samples (or packs) per forward pass of one rank."""
+    micro_batch_tokens: int | None = None
+    """Instead of micro_batch_size: put samples of like length together, up to so many tokens with their padding."""
     bf16: bool = True
     """Train in bfloat16 with fp32 master weights; false trains in fp32."""
 
@@ -179,7 +195,8 @@ class Config:
     def validate(self, world_size: int) -> list[str]:
         """What is wrong, one line each, without reading weights or data."""
         return [
-            *_check_model(self.model), *_check_data(self), *_check_numbers(self), *_check_batch(self.train, world_size),
+            *_check_model(self.model), *_check_data(self), *_check_mixture(self), *_check_numbers(self),
+            *_check_batch(self.train, world_size),
             *_check_files(self, world_size),
         ]  # fmt: skip
 
@@ -202,13 +219,17 @@ def find_deepspeed(path: str) -> Path:
     return Path(path) if Path(path).is_file() else ROOT / path
 
 
-def expand_shards(patterns: str | list[str]) -> list[Path]:
-    """Paths, globs and brace ranges -> tars, each pattern's sorted by name. Empty where a pattern finds nothing."""
-    tars: list[Path] = []
+def expand_shards(patterns: str | list[str]) -> list[Path | str]:
+    """Paths, globs and brace ranges -> tars, each pattern's sorted by name. Empty where a pattern finds nothing.
+
+    URLs stay text, and their globs stay globs: those their server has to answer."""
+    tars: list[Path | str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        expanded = _expand_braces(pattern)
-        found = [match for one in expanded for match in (sorted(glob.glob(one)) if glob.has_magic(one) else [one])]
-        tars += map(Path, found)
+        for one in _expand_braces(pattern):
+            if scheme_of(one):
+                tars.append(one)
+            else:
+                tars += map(Path, sorted(glob.glob(one)) if glob.has_magic(one) else [one])
     return tars
 
 
@@ -261,13 +282,53 @@ def _check_data(config: Config) -> list[str]:
                 errors.append(f"{where}: names no tar")
                 continue
             for pattern in [source.shards] if isinstance(source.shards, str) else source.shards:
+                if scheme_of(pattern):
+                    errors += _check_url(where, pattern)
+                    continue
                 tars = expand_shards(pattern)
-                missing = [str(tar) for tar in tars if not tar.is_file()]
+                missing = [str(tar) for tar in tars if not Path(tar).is_file()]
                 if not tars:
                     errors.append(f"{where}: '{pattern}' matches no file")
                 elif missing:
                     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
                     errors.append(f"{where}: no such file: {missing[0]}{more}")
+    return errors
+
+
+def _check_url(where: str, pattern: str) -> list[str]:
+    """What is wrong with a URL, without asking its server."""
+    try:
+        check_scheme(pattern)
+    except ConfigError as error:
+        return [f"{where}: {error}"]
+    return []
+
+
+def _check_mixture(config: Config) -> list[str]:
+    """Whether weights, packing and the token budget fit together."""
+    data, train, errors = config.data, config.train, []
+    weights = [source.weight for source in data.train]
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        errors.append("data.train: give every source a weight, or none")
+    for number, weight in enumerate(weights):
+        if weight is not None and weight <= 0:
+            errors.append(f"data.train[{number}].weight: must be above 0, found {weight}; leave the source out instead")
+    if any(weights) and train.epochs is not None:
+        errors.append("train.epochs: weighted sources have epochs of their own; give train.max_steps instead")
+    for number, source in enumerate(data.eval):
+        if source.weight is not None:
+            errors.append(f"data.eval[{number}].weight: held-out sources have no weights; all their samples count")
+    if data.cache_gib <= 0:
+        errors.append(f"data.cache_gib: must be above 0, found {data.cache_gib}")
+    if not 0 <= data.max_bad_fraction <= 1:
+        errors.append(f"data.max_bad_fraction: must be between 0 and 1, found {data.max_bad_fraction}")
+    if train.micro_batch_tokens is not None and data.packing:
+        errors.append("train.micro_batch_tokens: packs are of like length already; set train.micro_batch_size instead")
+    elif train.micro_batch_tokens is not None and train.micro_batch_tokens < data.max_length:
+        errors.append(
+            f"train.micro_batch_tokens={train.micro_batch_tokens} is less than data.max_length={data.max_length}: the "
+            f"longest sample would not fit"
+        )
     return errors
 
 
@@ -313,7 +374,7 @@ def _check_files(config: Config, world_size: int) -> list[str]:
 def _check_batch(train: TrainConfig, world_size: int) -> list[str]:
     """Whether the global batch can be cut into whole micro-batches on so many ranks."""
     unit = train.micro_batch_size * world_size
-    if unit < 1 or train.global_batch_size % unit == 0:
+    if train.micro_batch_tokens is not None or unit < 1 or train.global_batch_size % unit == 0:
         return []
     lower = train.global_batch_size // unit * unit
     nearest = ", ".join(str(n) for n in (lower, lower + unit) if n)

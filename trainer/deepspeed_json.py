@@ -49,10 +49,15 @@ def build(file: Path, config: "Config", world_size: int) -> tuple[dict[str, Any]
             errors.append(f"deepspeed: {file}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
 
     train = config.train
-    accumulation = train.global_batch_size // max(1, train.micro_batch_size * world_size)
+    micro = train.micro_batch_size
+    accumulation = train.global_batch_size // max(1, micro * world_size)
+    if train.micro_batch_tokens is not None:
+        # The steps' micro-batches differ in number and size, and the loop says which is the last. DeepSpeed only has to
+        # know that there are several, and wants a product that comes out.
+        micro, accumulation = 1, max(2, -(-train.global_batch_size // world_size))
     owned: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "train_batch_size": micro * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": train.bf16},

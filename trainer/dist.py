@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
-from trainer.errors import CheckpointError, ConfigError, UserError
+from trainer.errors import ConfigError, DataError, UserError
 
 log = logging.getLogger("trainer")
 """Logs on rank 0 alone, once `distributed` has begun."""
@@ -111,15 +111,42 @@ def barrier() -> None:
 
 def on_main_rank(world: World, task: Callable[[], None]) -> None:
     """Runs a task on rank 0 while the others wait. If it fails there with a user's error, all ranks raise it."""
-    failure: list[UserError | None] = [None]
-    if world.is_main:
+    on_ranks(world.is_main, task)
+
+
+def on_each_host(world: World, task: Callable[[], None]) -> None:
+    """Runs a task on rank 0 and then, where it finds nothing left to do unless its disk is its own, on each host."""
+    on_main_rank(world, task)
+    on_ranks(world.local_rank == 0 and not world.is_main, task)
+
+
+def on_ranks(chosen: bool, task: Callable[[], None]) -> None:
+    """Runs a task on the chosen ranks while the others wait. If one fails with a user's error, all ranks raise it."""
+    failure: UserError | None = None
+    if chosen:
         try:
             task()
         except UserError as error:
-            failure = [error]
-    torch.distributed.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0] if world.is_main else CheckpointError(str(failure[0]))  # of the kind that rank 0 alone prints
+            failure = error
+    failures: list[UserError | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, failure)
+    for failure in failures:
+        if failure is not None:
+            failure.on_all_ranks = True
+            raise failure
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises DataError, naming the ranks, where a value is not the same on all of them. All ranks call this."""
+    values = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    differing = [rank for rank, other in enumerate(values) if other != values[0]]
+    if differing:
+        ranks = ", ".join(map(str, differing[:8])) + (", ..." if len(differing) > 8 else "")
+        raise DataError(
+            f"{what} differ between rank 0 and rank(s) {ranks}: the same paths must hold the same on every host",
+            on_all_ranks=True,
+        )
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

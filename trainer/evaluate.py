@@ -5,10 +5,12 @@ from collections.abc import Callable
 import deepspeed
 import torch
 
-from trainer.data.loader import ShardDataset, batches
-from trainer.data.order import Geometry, Order, micro_batches
-from trainer.data.samples import Batch
+from trainer.data.loader import ShardDataset, batches, fetch
+from trainer.data.order import Geometry, micro_batches
+from trainer.data.plan import NamedSource, make_stream
+from trainer.data.samples import Batch, Rejected
 from trainer.dist import sum_over_ranks
+from trainer.errors import CheckpointError
 
 
 @torch.no_grad()
@@ -19,25 +21,34 @@ def held_out_loss(
     micro_batch_size: int,
     num_workers: int,
     inputs: Callable[[Batch], dict[str, torch.Tensor]],
-) -> float:
-    """Mean cross-entropy of the first `samples` held-out samples (0: all). All ranks call this and get the same value.
+) -> tuple[float, list[Rejected]]:
+    """Mean cross-entropy of the first `samples` held-out samples (0: all), the same on every rank; and the samples of
+    this rank that could not be used. All ranks call this.
 
     inputs: moves a batch to the device.
     """
-    sizes = [len(shard) for shard in dataset.shards]
+    sizes = [len(shard) for shard in dataset.reader.shards]
     samples = min(samples or sum(sizes), sum(sizes))
-    order = Order(sizes, seed=None, end=samples)
+    stream = make_stream([NamedSource("eval", list(dataset.reader.shards))], seed=None)
+    stream.end = samples
     world_size = engine.world_size
     geometry = Geometry(micro_batch_size * world_size, micro_batch_size, engine.global_rank, world_size)
     steps = -(-samples // geometry.global_batch_size)
     loss, supervised = 0.0, 0
+    rejected: list[Rejected] = []
     engine.eval()
-    for batch in batches(dataset, micro_batches(order, geometry, 0, steps), num_workers):
+    loader = batches(dataset, micro_batches(stream, geometry, 0, steps), num_workers)
+    for _ in range(steps):
+        micro, failure = fetch(loader)
+        if sum_over_ranks([float(failure is not None)], engine.device) != [0.0]:
+            raise failure or CheckpointError("another rank found a damaged shard")
+        (batch,) = micro
         loss += engine(**inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=1).loss.item()
         supervised += count_supervised(batch)
+        rejected += batch["rejected"]
     engine.train()
     total, tokens = sum_over_ranks([loss, supervised], engine.device)
-    return total / max(1, tokens)
+    return total / max(1, tokens), rejected
 
 
 def count_supervised(batch: Batch) -> int:

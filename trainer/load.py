@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
     PreTrainedModel,
@@ -120,6 +121,14 @@ def load_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     return model
+
+
+def model_config(settings: ModelConfig) -> MQWenVLConfig:
+    """How the model of these settings sees, from its config.json alone; of a new one the language model is left out."""
+    if settings.init_from:
+        return MQWenVLConfig.from_pretrained(find_export(Path(settings.init_from)))
+    vision = CLIPVisionConfig.from_pretrained(Path(settings.vision_tower or ""))
+    return MQWenVLConfig(vision_config=vision, image_aspect=settings.image_aspect or "crop")
 
 
 def check_export(folder: Path) -> None:

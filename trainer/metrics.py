@@ -7,6 +7,7 @@ checkpoint are dropped, so no step appears twice.
 import json
 import math
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +32,7 @@ class Recorder:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         file = output_dir / "metrics.jsonl"
-        _drop_after(file, step)
+        keep_lines(file, lambda line: line["step"] <= step)
         self._file = file.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
         # Quiet when the output is not a terminal.
@@ -54,7 +55,8 @@ class Recorder:
             "images_per_second": line["images"] / line["step_time"],
             "data_wait_seconds": line["data_time"], "step_seconds": line["step_time"],
             "memory_gib": peak_memory() / GIB, "skipped_steps": line["skipped_steps"],
-            "truncated_tokens": line["truncated_tokens"],
+            "truncated_samples": line["truncated_samples"], "bad_samples": line["bad_samples"],
+            **{f"epoch/{source}": epoch for source, epoch in line.get("epochs", {}).items()},
             **{f"learning_rate/{part}": rate for part, rate in line["learning_rate"].items()},
         }  # fmt: skip
         for name, value in points.items():
@@ -93,17 +95,17 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _drop_after(file: Path, step: int) -> None:
-    """Keeps the lines up to a step, and drops a last line that a kill cut short."""
+def keep_lines(file: Path, kept: Callable[[dict], bool]) -> None:
+    """Keeps the lines of a JSONL file that are wanted, and drops a last one that a kill cut short."""
     if not file.exists():
         return
-    kept = []
+    lines = []
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
+            if kept(json.loads(line)):
+                lines.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
             continue
     partial = file.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(file)

@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -19,20 +21,24 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from trainer import checkpoint
-from trainer.config import Config, ShardsConfig, expand_shards
-from trainer.data.index import ShardIndex, open_index
-from trainer.data.loader import ShardDataset, batches
-from trainer.data.order import Geometry, Order, global_batch, micro_batches
+from trainer.config import Config, ShardsConfig
+from trainer.data.lengths import Lengths
+from trainer.data.loader import ShardDataset, batches, fetch
+from trainer.data.order import Geometry, Slot, Stream, global_batch, micro_batches
+from trainer.data.plan import NamedSource, describe
+from trainer.data.remote import ShardCache
 from trainer.data.samples import Batch
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.dist import World, log, on_main_rank, sum_over_ranks
+from trainer.dist import World, check_same, log, on_each_host, on_main_rank, sum_over_ranks
 from trainer.engine import build_engine, deepspeed_settings
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.freeze import freeze, table
+from trainer.ledger import Ledger
 from trainer.load import image_transform, load_model, load_tokenizer
 from trainer.metrics import Recorder
+from trainer.open_data import open_cache, open_lengths, open_reader, open_sources, open_stream
 from trainer.optim import schedule, set_learning_rates
 
 
@@ -47,7 +53,9 @@ class TrainState:
     transform: ImageTransform
     train_data: ShardDataset
     eval_data: ShardDataset | None
-    order: Order
+    sources: list[NamedSource]
+    stream: Stream
+    lengths: Lengths | None
     geometry: Geometry
     run: checkpoint.RunState
     last_step: int
@@ -56,25 +64,50 @@ class TrainState:
     skipped_steps: int = 0
     """Steps that changed nothing because a gradient was not finite, since the start or resume."""
     output_dir: Path = field(init=False)
+    ledger: Ledger = field(init=False)
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.config.run.output_dir)
+        self.ledger = Ledger(
+            self.output_dir, self.step, self.run.bad_samples, self.config.data.max_bad_fraction,
+            sum(map(len, self.train_data.reader.shards)), self.world.is_main,
+        )  # fmt: skip
 
     @property
-    def samples(self) -> int:
-        """Samples seen, fillers left out."""
-        samples = self.step * self.geometry.global_batch_size
-        return samples if self.order.end is None else min(samples, self.order.end)
+    def epochs(self) -> list[float]:
+        """Passes done over each source of the stream."""
+        counts = self.stream.counts(self.step * self.geometry.global_batch_size)
+        return [n / source.order.epoch_size for n, source in zip(counts, self.stream.sources, strict=True)]
 
-    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def row_length(self, slot: Slot) -> int:
+        """Tokens of a sample as it is trained on, for micro-batches by length."""
+        assert self.lengths is not None
+        return min(self.lengths(slot), self.config.data.max_length)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
         """A batch on the device, pixels normalised in the model's dtype."""
         device, dtype = self.engine.device, self.engine.module.multi_modal_projector.linear_1.weight.dtype
         pixel_values = batch["pixel_values"].to(device, non_blocking=True)
-        return {
+        inputs = {
             "input_ids": batch["input_ids"].to(device, non_blocking=True),
             "labels": batch["labels"].to(device, non_blocking=True),
             "pixel_values": self.transform.normalize(pixel_values, dtype),
         }
+        if batch["document_ends"] is not None:
+            inputs |= packed_inputs(batch["document_ends"], device)
+        return inputs
+
+
+def packed_inputs(document_ends: list[int], device: torch.device) -> dict[str, Any]:
+    """What tells the model where the documents of a packed row are: positions (1, T) that start anew in each, their
+    bounds (documents + 1,) int32, and the length of the longest."""
+    bounds = [0, *document_ends]
+    lengths = [end - start for start, end in pairwise(bounds)]
+    return {
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device, non_blocking=True),
+        "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True),
+        "max_length_q": max(lengths),
+    }
 
 
 def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
@@ -92,8 +125,9 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
     output_dir = Path(config.run.output_dir)
     on_main_rank(world, lambda: check_writable(output_dir))
     resumed_from = checkpoint.find_resume(output_dir, resume)
-    train_shards = open_shards(config.data.train, world)
-    eval_shards = open_shards(config.data.eval, world)
+    cache = open_cache(config.data)
+    sources = open_on_all_ranks(config.data.train, world, cache)
+    eval_sources = open_on_all_ranks(config.data.eval, world, cache)
 
     tokenizer = load_tokenizer(config.model)
     model = load_model(config, tokenizer, resumed_from)
@@ -101,32 +135,35 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
     log.info("%s", table(model))
     transform = image_transform(model)
     template = ChatTemplate(tokenizer, model.config.image_token_id, model.config.image_context_length)
-
-    def dataset(shards: list[ShardIndex]) -> ShardDataset:
-        data = config.data
-        return ShardDataset(shards, template, transform, data.max_length, data.system_prompt, data.caption_prompt)
-
-    train = config.train
-    geometry = Geometry(train.global_batch_size, train.micro_batch_size, world.rank, world.world_size)
-    samples = sum(map(len, train_shards))
-    if not samples:
-        raise DataError("data.train: the shards hold no sample")
-    end = train.epochs * samples if train.epochs else None
-    last_step = train.max_steps or -(-(end or 0) // train.global_batch_size)
-    run = checkpoint.RunState(
-        0, config.run.seed, train.global_batch_size, fingerprint(train_shards), world.world_size, zero_stage
+    data, train = config.data, config.train
+    reader = open_reader(sources, data, cache)
+    lengths = open_lengths(config, reader, template)
+    if lengths is not None:
+        on_each_host(world, lengths.build)
+    stream = open_stream(config, sources, lengths)
+    geometry = Geometry(
+        train.global_batch_size, train.micro_batch_size, world.rank, world.world_size, train.micro_batch_tokens
     )
+    run = checkpoint.RunState(
+        step=0, seed=config.run.seed, global_batch_size=train.global_batch_size,
+        order=describe(sources, lengths if data.packing else None, data.max_length),
+        shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
+        world_size=world.world_size, zero_stage=zero_stage,
+    )  # fmt: skip
+    check_same("the training shards", f"{run.order} {run.shards}")
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
 
     engine = build_engine(model, config, settings)
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
+    eval_reader = open_reader(eval_sources, data, cache)
     return TrainState(
         config=config, world=world, engine=engine, tokenizer=tokenizer, transform=transform,
-        train_data=dataset(train_shards), eval_data=dataset(eval_shards) if eval_shards else None,
-        order=Order([len(shard) for shard in train_shards], config.run.seed, end), geometry=geometry,
-        run=run, last_step=last_step, step=run.step,
+        train_data=ShardDataset(reader, template, transform, data.max_length, data.packing),
+        eval_data=ShardDataset(eval_reader, template, transform, data.max_length) if eval_reader.shards else None,
+        sources=sources, stream=stream, lengths=lengths, geometry=geometry, run=run,
+        last_step=train.max_steps or -(-(stream.end or 0) // train.global_batch_size), step=run.step,
     )  # fmt: skip
 
 
@@ -143,20 +180,11 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def open_shards(sources: list[ShardsConfig], world: World) -> list[ShardIndex]:
-    """Indexes of all tars of the sources, in the order of the configuration; rank 0 makes the missing ones."""
-    tars = [tar for source in sources for tar in expand_shards(source.shards)]
-    indexes: list[ShardIndex] = []
-    on_main_rank(world, lambda: indexes.extend(map(open_index, tars)))
-    return indexes or [open_index(tar) for tar in tars]
-
-
-def fingerprint(shards: list[ShardIndex]) -> str:
-    """Hash of names and keys: the same only for the same samples in the same places."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(f"{shard.name}:{len(shard)}:".encode() + shard.key_bytes.tobytes())
-    return digest.hexdigest()[:16]
+def open_on_all_ranks(sources: list[ShardsConfig], world: World, cache: ShardCache) -> list[NamedSource]:
+    """The shards of the sources; one process of each host makes the indexes that are missing."""
+    opened: list[NamedSource] = []
+    on_each_host(world, lambda: opened.extend(open_sources(sources, cache)))
+    return opened or open_sources(sources, cache)
 
 
 def train(state: TrainState, until: int | None = None) -> None:
@@ -167,8 +195,8 @@ def train(state: TrainState, until: int | None = None) -> None:
         resolved = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         (state.output_dir / "config.yaml").write_text(resolved, encoding="utf-8")
         (state.output_dir / "deepspeed.json").write_text(json.dumps(state.engine.config, indent=1, default=str) + "\n")
-    slots = micro_batches(state.order, state.geometry, state.step, until)
-    loader = batches(state.train_data, slots, config.data.num_workers, state.engine.device.type == "cuda")
+    order = micro_batches(state.stream, state.geometry, state.step, until, state.row_length)
+    loader = batches(state.train_data, order, config.data.num_workers, state.engine.device.type == "cuda")
     name, every = config.run.name, config.logging.every_steps
     state.engine.train()
     with Recorder(state.output_dir, name, state.step, state.last_step, every, world.is_main) as recorder:
@@ -192,14 +220,20 @@ def is_due(step: int, every_steps: int, is_last: bool) -> bool:
 def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     """One optimizer step; its loss is the mean over the step's supervised tokens, over all ranks and micro-batches."""
     engine, started = state.engine, time.perf_counter()
-    micro, failure = fetch(loader, state.geometry.accumulation_steps)
+    micro, failure = fetch(loader)
     data_time = time.perf_counter() - started
-    counts = [count_supervised(b) for b in micro], [b["tokens"] for b in micro], [len(b["pixel_values"]) for b in micro]
-    truncated_here = sum(b["truncated_tokens"] for b in micro)
-    here = [*map(sum, counts), truncated_here, failure is not None]
-    supervised, tokens, images, truncated, failures = map(int, sum_over_ranks(list(map(float, here)), engine.device))
+    here = [
+        sum(map(count_supervised, micro)), sum(b["tokens"] for b in micro),
+        sum(len(b["pixel_values"]) for b in micro), sum(b["truncated_samples"] for b in micro),
+        sum(b["truncated_tokens"] for b in micro), sum(len(b["rejected"]) for b in micro), failure is not None,
+    ]  # fmt: skip
+    totals = sum_over_ranks(list(map(float, here)), engine.device)
+    supervised, tokens, images, truncated, truncated_tokens, bad, failures = map(int, totals)
     if failures:
-        raise failure or CheckpointError("another rank found a bad sample")
+        raise failure or CheckpointError("another rank found a damaged shard")
+    if bad:
+        rejected = [sample for b in micro for sample in b["rejected"]]
+        state.ledger.record(state.step + 1, rejected, samples_seen(state, state.step + 1))
 
     seed_step(state.config.run.seed, state.step, state.world.rank)
     factor = schedule(state.step, state.last_step, state.config.optim)
@@ -208,6 +242,8 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     for batch in micro:
         output = engine(**state.inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=max(1, supervised))
         loss += output.loss.item()
+        # Micro-batches may differ in number from step to step.
+        engine.set_gradient_accumulation_boundary(batch["is_last"])
         # The engine will divide by the ranks and, unless told not to, by the accumulation steps: undo the first,
         # forbid the second, and what is left is the plain sum of the parts of the mean.
         engine.backward(output.loss * state.world.world_size, scale_wrt_gas=False)
@@ -219,26 +255,40 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     (loss,) = sum_over_ranks([loss], engine.device)
     return {
         "step": state.step,
-        "epoch": round(state.samples / state.order.epoch_size, 6),
+        **epochs_done(state),
         "loss": loss,
         "grad_norm": float(engine.get_global_grad_norm() or 0.0) if engine.was_step_applied() else None,
         "learning_rate": learning_rate,
         "supervised_tokens": supervised,
         "tokens": tokens,
         "images": images,
-        "truncated_tokens": truncated,
+        "truncated_samples": truncated,
+        "truncated_tokens": truncated_tokens,
+        "bad_samples": bad,
         "skipped_steps": state.skipped_steps,
         "step_time": round(time.perf_counter() - started, 4),
         "data_time": round(data_time, 4),
     }
 
 
-def fetch(loader: Iterator[Batch], count: int) -> tuple[list[Batch], DataError | None]:
-    """The next batches, or the error that one of them met: all ranks are to hear of it before they leave together."""
-    try:
-        return [next(loader) for _ in range(count)], None
-    except DataError as error:
-        return [], error
+def epochs_done(state: TrainState) -> dict[str, Any]:
+    """Passes over the data; of weighted sources the fewest, and each one's own."""
+    epochs = [round(epoch, 6) for epoch in state.epochs]
+    if len(epochs) == 1:
+        return {"epoch": epochs[0]}
+    return {"epoch": min(epochs), "epochs": {s.name: epoch for s, epoch in zip(state.sources, epochs, strict=True)}}
+
+
+def samples_seen(state: TrainState, step: int) -> int:
+    """Samples of the steps up to this one; in packs there are some more or fewer of them than on average."""
+    counts = state.stream.counts(step * state.geometry.global_batch_size)
+    sizes = [len(shard) for source in state.sources for shard in source.shards]
+    if len(counts) == 1:
+        return counts[0] * sum(sizes) // state.stream.sources[0].order.epoch_size
+    return sum(
+        count * sum(map(len, named.shards)) // source.order.epoch_size
+        for count, named, source in zip(counts, state.sources, state.stream.sources, strict=True)
+    )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -250,20 +300,22 @@ def evaluate(state: TrainState) -> float:
     """The held-out loss now. All ranks call this."""
     assert state.eval_data is not None
     config = state.config
-    return held_out_loss(
+    loss, rejected = held_out_loss(
         state.engine, state.eval_data, config.eval.samples, config.train.micro_batch_size, config.data.num_workers,
         state.inputs,
     )  # fmt: skip
+    state.ledger.record_held_out(state.step, rejected)
+    return loss
 
 
 def save(state: TrainState) -> None:
     """A checkpoint of now. All ranks call this."""
-    run = dataclasses.replace(state.run, step=state.step)
+    run = dataclasses.replace(state.run, step=state.step, bad_samples=dict(state.ledger.counts))
     keep_last = state.config.checkpoint.keep_last
     checkpoint.save(state.engine, state.output_dir, run, state.tokenizer, state.transform, keep_last)
 
 
 def sample_keys(state: TrainState, step: int) -> list[str]:
-    """Keys of the whole global batch of a step (counted from 0), in order, fillers left out."""
-    slots = global_batch(state.order, step, state.geometry.global_batch_size)
-    return [state.train_data.key(slot) for slot in slots if not slot.is_filler]
+    """Keys of the whole global batch of a step (counted from 0), in order, those of bad samples too."""
+    rows = global_batch(state.stream, step, state.geometry.global_batch_size)
+    return [state.train_data.reader.key(slot) for row in rows for slot in row]

@@ -1,4 +1,4 @@
-"""Slots become batches: the same whatever the number of workers, and a bad sample is named where training can say so.
+"""Slots become batches: the same whatever the number of workers, and a bad sample is left out and named.
 
 The reference reads the shards with webdataset and pads by hand.
 """
@@ -10,38 +10,28 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import demo_task
 import pytest
 import torch
 import webdataset
 from conftest import write_tiny_shards
+from pairs import P, S, dataset_of, documents, make_template, picture, plain_stream, write_pairs
 from PIL import Image
 
-from trainer.data.index import open_index
-from trainer.data.loader import OPEN_SHARDS, ShardDataset, batches
-from trainer.data.order import FILLER, Geometry, Order, Slot, micro_batches
-from trainer.data.samples import Batch, Turn
+from trainer.data.loader import batches
+from trainer.data.order import Geometry, MicroBatch, Row, Slot, micro_batches
+from trainer.data.reader import OPEN_SHARDS, ShardReader
+from trainer.data.samples import Batch, Rejected, Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.data.writer import ShardWriter
-from trainer.errors import DataError
-from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER, build_tokenizer
-
-P = 4
-"""Tokens of an image."""
-
-S = 16
-"""Pixels a side."""
+from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER
 
 IGNORED = -100
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> ChatTemplate:
-    file = tmp_path_factory.mktemp("vocabulary") / "qwen.tiktoken"
-    demo_task.write_vocabulary(file, seed=0)
-    tokenizer = build_tokenizer(file)
-    return ChatTemplate(tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER), P)
+    return make_template(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +42,6 @@ def tiny_shards(tmp_path_factory) -> list[Path]:
     return sorted(folder.glob("*.tar"))
 
 
-def dataset_of(shards: list[Path], template: ChatTemplate, max_length: int = 200, **options) -> ShardDataset:
-    transform = options.pop("transform", ImageTransform(S))
-    return ShardDataset([open_index(shard) for shard in shards], template, transform, max_length, **options)
-
-
 def one_shard(folder: Path, samples: dict[str, dict]) -> list[Path]:
     with ShardWriter(folder) as writer:
         for key, members in samples.items():
@@ -64,14 +49,17 @@ def one_shard(folder: Path, samples: dict[str, dict]) -> list[Path]:
     return writer.shards
 
 
-def picture(colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (S, S), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def llava(question: str = "What is it?", answer: str = "A cat.") -> dict:
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def micro_batch(*rows: Row) -> MicroBatch:
+    return MicroBatch(list(rows), is_last=True)
+
+
+def one_batch(dataset, *rows: Row) -> Batch:
+    [batch] = batches(dataset, [micro_batch(*rows)], num_workers=0)
+    return batch
 
 
 def decoded(template: ChatTemplate, batch: Batch) -> list[str]:
@@ -108,18 +96,20 @@ def by_hand(samples: list[dict], template: ChatTemplate) -> Batch:
         input_ids=torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows]),
         labels=torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows]),
         pixel_values=torch.stack(pixels) if pixels else torch.empty(0, 3, S, S, dtype=torch.uint8),
-        keys=[sample["__key__"] for sample in samples],
+        document_ends=None,
         tokens=sum(len(ids) for ids, _ in rows),
+        truncated_samples=0,
         truncated_tokens=0,
+        rejected=[],
+        is_last=True,
     )
 
 
 def test_batches_are_those_made_by_hand(tiny_shards, template):
     # 24 samples, 4 a batch, in the given order.
     dataset = dataset_of(tiny_shards, template)
-    order = Order([len(shard) for shard in dataset.shards], seed=None)
-    assert order.epoch_size == 24
-    found = list(batches(dataset, micro_batches(order, Geometry(4, 4), 0, 6), num_workers=0))
+    stream = plain_stream([len(shard) for shard in dataset.reader.shards], seed=None, end=24)
+    found = list(batches(dataset, micro_batches(stream, Geometry(4, 4), 0, 6), num_workers=0))
     samples = list(webdataset.WebDataset([str(shard) for shard in tiny_shards], shardshuffle=False))
     assert len(found) == 6
     for i, batch in enumerate(found):
@@ -133,50 +123,94 @@ def test_batches_are_those_made_by_hand(tiny_shards, template):
 def test_batches_are_the_same_for_any_number_of_workers(tiny_shards, template, num_workers):
     # Two epochs and their fillers: ceil(48 / 5) = 10 batches of 5. (torch warns where workers outnumber the cores.)
     dataset = dataset_of(tiny_shards, template)
-    order = Order([len(shard) for shard in dataset.shards], seed=1, end=48)
-    expected = list(batches(dataset, micro_batches(order, Geometry(5, 5), 0, 10), num_workers=0))
-    found = list(batches(dataset, micro_batches(order, Geometry(5, 5), 0, 10), num_workers))
+    stream = plain_stream([len(shard) for shard in dataset.reader.shards], seed=1, end=48)
+    expected = list(batches(dataset, micro_batches(stream, Geometry(5, 5), 0, 10), num_workers=0))
+    found = list(batches(dataset, micro_batches(stream, Geometry(5, 5), 0, 10), num_workers))
     assert len(found) == len(expected) == 10
     for batch, reference in zip(found, expected, strict=True):
         assert_equal(batch, reference)
-    # Every sample once an epoch, and as the order has them.
-    keys = [key for batch in found for key in batch["keys"]]
-    assert keys == [dataset.key(order.slot(position)) for position in range(48)]
-    assert len(set(keys[:24])) == len(set(keys[24:])) == 24
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_samples_come_as_the_order_has_them(tmp_path, template, num_workers):
+    sizes = [5, 9, 4]
+    tars = [write_pairs(tmp_path / f"s{number}.tar", size) for number, size in enumerate(sizes)]
+    dataset, stream = dataset_of(tars, template), plain_stream(sizes, seed=1, end=36)
+    loader = batches(dataset, micro_batches(stream, Geometry(5, 5), 0, 8), num_workers)
+    keys = [document.key for batch in loader for document in documents(batch, template)]
+    places = [stream.row(position)[0] for position in range(36)]
+    assert keys == [f"s{place.shard}-{place.sample}" for place in places]
+    assert len(set(keys[:18])) == len(set(keys[18:])) == 18
 
 
 def test_fillers_supervise_nothing(tiny_shards, template):
     dataset = dataset_of(tiny_shards, template)
-    slots = [Slot(0, 0), FILLER, Slot(0, 1), FILLER]
-    [batch] = batches(dataset, [slots], num_workers=0)
-    [alone] = batches(dataset, [[Slot(0, 0), Slot(0, 1)]], num_workers=0)
+    batch = one_batch(dataset, [Slot(0, 0)], [], [Slot(0, 1)], [])
+    alone = one_batch(dataset, [Slot(0, 0)], [Slot(0, 1)])
     assert len(batch["input_ids"]) == 4  # the shape is kept
     assert (batch["labels"][[1, 3]] == IGNORED).all()
     assert torch.equal(batch["labels"][[0, 2]], alone["labels"])
     assert torch.equal(batch["input_ids"][[0, 2]], alone["input_ids"])
-    # They bring no picture and no key, and count for nothing.
+    # They bring no picture, count for nothing, and nobody is to be told of them.
     assert torch.equal(batch["pixel_values"], alone["pixel_values"])
-    for count in ("keys", "tokens", "truncated_tokens"):
+    for count in ("tokens", "truncated_samples", "truncated_tokens", "rejected"):
         assert batch[count] == alone[count]
 
 
-def test_a_batch_may_be_fillers_alone(tiny_shards, template):
+@pytest.mark.parametrize(("packed", "shape"), [(False, (2, 1)), (True, (1, 1))])
+def test_a_batch_may_be_fillers_alone(tiny_shards, template, packed, shape):
     # As on the last ranks of an epoch's last step: they still run the model, on one token a row.
-    [batch] = batches(dataset_of(tiny_shards, template), [[FILLER, FILLER]], num_workers=0)
-    assert batch["input_ids"].shape == (2, 1)
+    batch = one_batch(dataset_of(tiny_shards, template, packed=packed), [], [])
+    assert batch["input_ids"].shape == shape
+    assert batch["document_ends"] == ([1] if packed else None)
     assert (batch["labels"] == IGNORED).all()
     assert batch["pixel_values"].shape == (0, 3, S, S)
-    assert (batch["keys"], batch["tokens"], batch["truncated_tokens"]) == ([], 0, 0)
+    assert (batch["tokens"], batch["truncated_samples"], batch["truncated_tokens"], batch["rejected"]) == (0, 0, 0, [])
 
 
-def test_cut_tokens_are_counted(tmp_path, template):
+def test_a_batch_may_be_without_rows(tiny_shards, template):
+    # Of a step cut by length, a rank gets no row where there are fewer rows than ranks.
+    batch = one_batch(dataset_of(tiny_shards, template))
+    assert batch["input_ids"].shape == (1, 1)
+    assert (batch["labels"] == IGNORED).all()
+    assert (batch["tokens"], len(batch["pixel_values"])) == (0, 0)
+
+
+def test_packed_documents_follow_one_another(tiny_shards, template):
+    # Two packs of two documents and three, and between them a filler, of which nothing is left.
+    slots = [Slot(0, 0), Slot(0, 1), Slot(3, 3), Slot(1, 0), Slot(2, 0)]
+    dataset = dataset_of(tiny_shards, template, packed=True)
+    batch = one_batch(dataset, slots[:2], [], slots[2:])
+    examples = [dataset.example(slot) for slot in slots]
+    ids = [i for example in examples for i in example.input_ids]
+    assert batch["input_ids"].tolist() == [ids]
+    assert batch["tokens"] == len(ids)
+    ends = [sum(len(example.input_ids) for example in examples[: n + 1]) for n in range(5)]
+    assert batch["document_ends"] == ends
+    # What a document's last token would predict is the next one's first, which is no business of its: not supervised.
+    labels = [label for example in examples for label in [IGNORED, *example.labels[1:]]]
+    assert batch["labels"].tolist() == [labels]
+    assert torch.equal(batch["pixel_values"], torch.cat([example.pixel_values for example in examples]))
+
+
+def test_the_last_micro_batch_of_a_step_is_marked(tiny_shards, template):
+    stream = plain_stream([7, 5, 1, 11], seed=0)
+    loader = batches(dataset_of(tiny_shards, template), micro_batches(stream, Geometry(6, 2), 0, 2), num_workers=1)
+    assert [batch["is_last"] for batch in loader] == [False, False, True] * 2
+
+
+def test_cut_texts_are_counted(tmp_path, template):
     answer = "A red circle at the top left. " * 20
-    dataset = dataset_of(one_shard(tmp_path, {"a": {"json": llava("Q?", answer)}}), template, max_length=40)
-    [batch] = batches(dataset, [[Slot(0, 0)]], num_workers=0)
+    samples = {"a": {"json": llava("Q?", answer)}, "b": {"json": llava("Q?", "A.")}, "c": {"json": llava("Q?", answer)}}
+    dataset = dataset_of(one_shard(tmp_path, samples), template, max_length=40)
+    batch = one_batch(dataset, [Slot(0, 0)], [Slot(0, 1)], [Slot(0, 2)])
     whole, _ = template.encode([Turn("user", "Q?"), Turn("assistant", answer)])
-    assert batch["input_ids"].tolist() == [whole[:40]]
-    assert batch["tokens"] == 40
-    assert batch["truncated_tokens"] == len(whole) - 40 > 0
+    short, _ = template.encode([Turn("user", "Q?"), Turn("assistant", "A.")])
+    assert batch["input_ids"][0].tolist() == batch["input_ids"][2].tolist() == whole[:40]
+    assert batch["tokens"] == 80 + len(short)
+    assert batch["truncated_samples"] == 2
+    assert batch["truncated_tokens"] == 2 * (len(whole) - 40) > 0
 
 
 def test_images_follow_the_reading_order(tmp_path, template):
@@ -188,7 +222,7 @@ def test_images_follow_the_reading_order(tmp_path, template):
         "c": {f"{i}.png": picture(colours[2 + i]) for i in range(3)} | {"json": llava("<image><image><image>?")},
     }
     dataset = dataset_of(one_shard(tmp_path, samples), template)
-    [batch] = batches(dataset, [[Slot(0, 0), Slot(0, 1), Slot(0, 2)]], num_workers=0)
+    batch = one_batch(dataset, [Slot(0, 0)], [Slot(0, 1)], [Slot(0, 2)])
     found = [tuple(pixels[:, 0, 0].tolist()) for pixels in batch["pixel_values"]]
     assert found == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)]
     image = template.image_run[0]
@@ -200,7 +234,7 @@ def test_images_follow_the_reading_order(tmp_path, template):
 
 def text_of(samples: dict[str, dict], folder: Path, template: ChatTemplate, **options) -> list[str]:
     dataset = dataset_of(one_shard(folder, samples), template, **options)
-    return [decoded(template, batch)[0] for batch in batches(dataset, [[Slot(0, i)] for i in range(len(samples))], 0)]
+    return [decoded(template, one_batch(dataset, [Slot(0, i)]))[0] for i in range(len(samples))]
 
 
 IMAGE = IMAGE_PLACEHOLDER * P
@@ -238,54 +272,64 @@ def test_a_system_prompt_stands_before_conversations_without_one(tmp_path, templ
 
 # --- Bad samples ---
 
+RED = picture("red")
+
+# Members, the kind that the ledger counts, and the reason that it gives.
 BAD = {
-    "picture": ({"png": b"no picture", "json": llava()}, "the picture cannot be decoded"),
-    "cut picture": ({"png": picture()[:50], "json": llava()}, "the picture cannot be decoded"),
-    "not JSON": ({"json": b"{'conversations': []}"}, r"its \.json is not JSON"),
-    "not text": ({"json": b'{"caption": "\xff"}'}, r"its \.json is not JSON"),
-    "JSON list": ({"json": b"[]"}, r"its \.json holds a list where an object is expected"),
-    "no conversation": ({"json": {"label": 3}}, r"the fields are \['label'\]"),
-    "empty caption": ({"png": picture(), "txt": " \n"}, "no answer to learn from"),
-    "marks": ({"png": picture(), "json": llava("<image><image>")}, "2 image marks .* but 1 images"),
-    "half a character": ({"json": b'{"caption": "\\ud83d"}'}, "a lone surrogate"),
+    "picture": ({"png": b"no picture", "json": llava()}, "picture cannot be decoded", "the picture cannot be decoded"),
+    "cut picture": ({"png": RED[:50], "json": llava()}, "picture cannot be decoded", "the picture cannot be decoded"),
+    "not JSON": ({"json": b"{'conversations': []}"}, "malformed conversation", r"its \.json is not JSON"),
+    "not text": ({"json": b'{"caption": "\xff"}'}, "malformed conversation", r"its \.json is not JSON"),
+    "JSON list": ({"json": b"[]"}, "malformed conversation", r"its \.json holds a list where an object is expected"),
+    "no conversation": ({"json": {"label": 3}}, "no caption or conversation", r"the fields are \['label'\]"),
+    "no text": ({"png": RED}, "no caption or conversation", r"the fields are \[\]"),
+    "empty caption": ({"png": RED, "txt": " \n"}, "no answer", "no answer to learn from"),
+    "caption alone": ({"txt": "A cat."}, "images and marks differ in number", "a caption, but no picture"),
+    "marks": (
+        {"png": RED, "json": llava("<image><image>")},
+        "images and marks differ in number",
+        "2 image marks .* but 1 images",
+    ),
+    "half a character": (
+        {"png": RED, "json": b'{"caption": "\\ud83d"}'},
+        "malformed conversation",
+        "a lone surrogate",
+    ),
     "too many images": (
-        {f"{i}.png": picture() for i in range(60)} | {"json": llava("<image>" * 60)},
+        {f"{i}.png": RED for i in range(60)} | {"json": llava("<image>" * 60)},
+        "too many images",
         "images reach to token .* beyond data.max_length=200",
     ),
-    "long question": ({"json": llava("Why? " * 200)}, "no token of an answer is left"),
+    "long question": ({"json": llava("Why? " * 200)}, "nothing supervised", "no token of an answer is left"),
 }
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize(("members", "message"), BAD.values(), ids=BAD)
-def test_a_bad_sample_is_named_in_the_training_process(tmp_path, template, members, message, num_workers):
-    samples = {"good": {"json": llava()}, "bad": members, "also good": {"json": llava()}}
+def test_a_bad_sample_leaves_its_row_empty_and_is_named(tmp_path, template, num_workers):
+    samples = {"good": {"json": llava()}, **{f"bad {n}": bad[0] for n, bad in enumerate(BAD.values())}}
     shards = one_shard(tmp_path, samples)
-    loader = batches(dataset_of(shards, template), [[Slot(0, 0)], [Slot(0, 2), Slot(0, 1)]], num_workers)
-    assert next(loader)["keys"] == ["good"]  # what comes before is not lost
-    with pytest.raises(DataError, match=rf"^{re.escape(str(shards[0]))}: sample 'bad': .*{message}") as error:
-        next(loader)
-    assert type(error.value) is DataError
-    # One line: torch would hand on a worker's traceback as text.
-    assert "Traceback" not in str(error.value)
-    assert "\n" not in str(error.value)
+    dataset = dataset_of(shards, template)
+    rows = [micro_batch([Slot(0, n + 1)], [Slot(0, 0)]) for n in range(len(BAD))]
+    [good] = one_batch(dataset, [Slot(0, 0)])["input_ids"].tolist()
+    found = list(batches(dataset, rows, num_workers))
+    for n, (_, kind, message) in enumerate(BAD.values()):
+        [rejected] = found[n]["rejected"]
+        assert rejected == Rejected(str(shards[0]), f"bad {n}", kind, rejected.reason)
+        assert re.search(message, rejected.reason)
+        assert "\n" not in rejected.reason
+        # The step keeps its shape, and the sample beside it is read as ever.
+        assert found[n]["input_ids"][1].tolist() == good
+        assert (found[n]["labels"][0] == IGNORED).all()
+        assert (found[n]["tokens"], len(found[n]["pixel_values"])) == (len(good), 0)
 
 
-def test_a_shard_that_was_cut_or_removed_is_named(tmp_path, template):
-    shards = one_shard(tmp_path, {key: {"json": llava(answer=f"{key} " * 5000)} for key in "ab"})
-    dataset = dataset_of(shards, template)  # indexed while it was whole
-    with shards[0].open("r+b") as file:
-        file.truncate(file.seek(0, 2) // 2)
-    [batch] = batches(dataset, [[Slot(0, 0)]], num_workers=0)
-    assert batch["keys"] == ["a"]
-    with pytest.raises(
-        DataError, match=r"sample 'b': expected \d+ bytes at offset \d+, found \d+: the shard has changed"
-    ):
-        next(batches(dataset, [[Slot(0, 1)]], num_workers=0))
-    shards[0].unlink()
-    fresh = ShardDataset(dataset.shards, template, ImageTransform(S), 200)
-    with pytest.raises(DataError, match=r"sample 'a': the shard cannot be read \(No such file"):
-        next(batches(fresh, [[Slot(0, 0)]], num_workers=0))
+def test_a_bad_document_is_left_out_of_its_pack(tmp_path, template):
+    samples = {"a": {"json": llava()}, "bad": BAD["picture"][0], "c": {"json": llava("Why?")}}
+    dataset = dataset_of(one_shard(tmp_path, samples), template, packed=True)
+    batch = one_batch(dataset, [Slot(0, 0), Slot(0, 1), Slot(0, 2)])
+    assert [rejected.key for rejected in batch["rejected"]] == ["bad"]
+    lengths = [len(dataset.example(Slot(0, i)).input_ids) for i in (0, 2)]
+    assert batch["document_ends"] == [lengths[0], sum(lengths)]
 
 
 # --- Processes and files ---
@@ -313,8 +357,8 @@ def open_shards() -> int:
 def test_workers_read_and_decode_and_the_training_process_does_not(tiny_shards, template, tmp_path, num_workers):
     before = open_shards()
     dataset = dataset_of(tiny_shards, template, transform=NotingTransform(S, notes=tmp_path / "notes"))
-    slots = [[Slot(3, i), Slot(0, i % 7)] for i in range(11)]
-    pictures = sum(len(batch["pixel_values"]) for batch in batches(dataset, slots, num_workers))
+    rows = [micro_batch([Slot(3, i)], [Slot(0, i % 7)]) for i in range(11)]
+    pictures = sum(len(batch["pixel_values"]) for batch in batches(dataset, rows, num_workers))
     processes = [int(line) for line in (tmp_path / "notes").read_text().split()]
     assert len(processes) == pictures > 0
     if num_workers:
@@ -330,11 +374,13 @@ def test_open_files_do_not_grow_with_the_shards(tmp_path, template):
     # Large data sets have thousands of shards, and a process may usually open 1,024 files.
     with ShardWriter(tmp_path, samples_per_shard=1) as writer:
         for i in range(3 * OPEN_SHARDS):
-            writer.write(f"{i}", {"txt": f"Caption {i}."})
-    dataset, before = dataset_of(writer.shards, template), open_shards()
+            writer.write(f"{i}", {"json": llava(answer=f"Caption {i}.")})
+    reader, before = ShardReader(dataset_of(writer.shards, template).reader.shards), open_shards()
     most = 0
     for _ in range(2):  # the second time, every file has to be opened again
         for i in range(3 * OPEN_SHARDS):
-            assert dataset.read(Slot(i, 0)).conversation[-1].text == f"Caption {i}."
+            assert reader.conversation(Slot(i, 0))[-1].text == f"Caption {i}."
             most = max(most, open_shards() - before)
     assert most == OPEN_SHARDS < 100
+    reader.close()
+    assert open_shards() == before

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_qwen import QWenConfig
 from .linear_cross_entropy import linear_cross_entropy
+from .packed_attention import packed_attention
 
 
 class QWenRMSNorm(nn.Module):
@@ -94,7 +95,10 @@ class QWenAttention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * projection_size)
         self.c_proj = nn.Linear(projection_size, config.hidden_size, bias=not config.no_bias)
 
-    def forward(self, hidden_states, rotary, logn_scale, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self, hidden_states, rotary, logn_scale, attention_mask=None, past_key_values=None,
+        cu_seq_lens_q=None, max_length_q=None, **kwargs,
+    ):  # fmt: skip
         batch, length = hidden_states.shape[:2]
         qkv = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C)
@@ -103,11 +107,14 @@ class QWenAttention(nn.Module):
             query = query * logn_scale.type_as(query)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        dropout = self.config.attn_dropout_prob if self.training else 0.0
+        if cu_seq_lens_q is not None:
+            output = packed_attention(query, key, value, cu_seq_lens_q, max_length_q, self.scaling, dropout)
+            return self.c_proj(output.reshape(batch, length, -1)), None
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(
-            self, query, key, value, attention_mask,
-            scaling=self.scaling, dropout=self.config.attn_dropout_prob if self.training else 0.0, **kwargs,
-        )  # fmt: skip
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
         return self.c_proj(output.reshape(batch, length, -1)), weights
 
 
@@ -199,9 +206,14 @@ class QWenModel(QWenPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
         **kwargs,
     ):
         """input_ids (B, T) int64 or inputs_embeds (B, T, D); attention_mask (B, S), 1 where attended.
+
+        cu_seq_lens_q (documents + 1,) int32 and max_length_q, the longest: a single row (B = 1) holds so many packed
+        documents, with `position_ids` that start anew in each; attention stays inside them.
 
         `token_type_ids` has no meaning for Qwen and is ignored. Raises ValueError for `head_mask` and encoder states,
         which this decoder cannot honour. Returns the last hidden states (B, T, D) and, if asked, the cache, all
@@ -217,7 +229,11 @@ class QWenModel(QWenPreTrainedModel):
         )
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError("output_attentions needs the model loaded with attn_implementation='eager'.")
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        packed = cu_seq_lens_q is not None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not packed
+        if packed and (use_cache or past_key_values is not None or attention_mask is not None or position_ids is None):
+            raise ValueError("packed documents (cu_seq_lens_q) need position_ids, no cache and no attention_mask")
 
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
@@ -225,15 +241,18 @@ class QWenModel(QWenPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = default_positions(hidden_states, attention_mask, past_length)
-        alpha = self._ntk_alpha(hidden_states, attention_mask, past_key_values, past_length)
+        context = past_length + hidden_states.shape[1] if max_length_q is None else max_length_q
+        alpha = self._ntk_alpha(hidden_states, attention_mask, past_key_values, past_length, context)
         layer_inputs = {
             "rotary": rotary_cos_sin(position_ids, self.config, alpha),
-            "logn_scale": self._logn_scale(position_ids, past_length + hidden_states.shape[1]),
-            "attention_mask": create_causal_mask(
+            "logn_scale": self._logn_scale(position_ids, context),
+            "attention_mask": None if packed else create_causal_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask,
                 past_key_values=past_key_values, position_ids=position_ids,
             ),
             "past_key_values": past_key_values,
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "max_length_q": max_length_q,
         }  # fmt: skip
 
         hidden_states = self.drop(hidden_states)
@@ -253,11 +272,10 @@ class QWenModel(QWenPreTrainedModel):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _ntk_alpha(self, hidden_states, attention_mask, past_key_values, past_length) -> torch.Tensor:
+    def _ntk_alpha(self, hidden_states, attention_mask, past_key_values, past_length, length) -> torch.Tensor:
         """(B, 1) or (1, 1): set when a prompt is read, and kept with its cache, since cached keys are rotated by it."""
         if past_length and (alpha := getattr(past_key_values, "ntk_alpha", None)) is not None:
             return alpha
-        length = past_length + hidden_states.shape[1]
         lengths = [length]
         if attention_mask is not None and attention_mask.ndim == 2 and length > self.config.seq_length:
             lengths = attention_mask.sum(-1).tolist()

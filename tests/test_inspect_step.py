@@ -1,0 +1,40 @@
+"""launch/inspect_step.py names the samples that a run really saw, without the run."""
+
+import json
+import re
+
+import pytest
+from commands import command
+
+MODES = {
+    "samples": ["train.epochs=1", "train.max_steps=null"],
+    "packs": ["data.packing=true", "train.global_batch_size=2"],
+    "token budget": ["train.micro_batch_tokens=200"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_samples_of_a_step_are_those_that_the_run_saw(tiny_run, tmp_path, mode):
+    settings = [*MODES[mode], "data.max_length=90", "logging.sample_keys=true", f"run.output_dir={tmp_path}/run"]
+    done = command("python", "launch/train.py", "--config", str(tiny_run), "--set", *settings)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in (lines[0], lines[-1]):
+        # From the configuration that the run has left.
+        config = tmp_path / "run" / "config.yaml"
+        done = command("python", "launch/inspect_step.py", "--config", str(config), "--step", str(line["step"]))
+        assert done.returncode == 0, done.stderr
+        rows = [re.split(r"\s+", row.strip(), maxsplit=6) for row in done.stdout.splitlines()[1:]]
+        assert [row[6].partition(":")[0].partition(".tar/")[2] for row in rows] == line["samples"]
+        assert {row[1] for row in rows} == {"tiny"}
+        for column, count in ((2, "tokens"), (3, "truncated_tokens"), (4, "supervised_tokens"), (5, "images")):
+            assert sum(int(row[column]) for row in rows) == line[count], count
+
+
+def test_a_step_behind_the_end_and_one_before_the_start_are_named(tiny_run):
+    # Three steps of eight are an epoch of 24.
+    settings = ["--set", "train.epochs=1", "train.max_steps=null"]
+    done = command("python", "launch/inspect_step.py", "--config", str(tiny_run), "--step", "4", *settings)
+    assert "no sample: the run ends after 24 rows" in done.stdout
+    done = command("python", "launch/inspect_step.py", "--config", str(tiny_run), "--step", "0", *settings)
+    assert (done.returncode, "steps count from 1" in done.stderr) == (2, True)

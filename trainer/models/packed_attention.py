@@ -1,0 +1,45 @@
+"""Attention over packed documents: causal inside each of them, blind to the others.
+
+T tokens of all documents, H heads, C channels a head.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """query, key, value (1, H, T, C) -> (1, T, H, C).
+
+    cu_seq_lens: (documents + 1,) int32, where each document starts and the last one ends; max_length: tokens of the
+    longest. On CUDA in half precision one kernel takes all documents, elsewhere each gets a call of its own.
+    """
+    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (T, H, C)
+        causal = (-1, 0)  # all tokens on the left, none on the right
+        output = varlen_attn(
+            query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=causal
+        )
+        return output.unsqueeze(0)  # type: ignore[union-attr]
+    outputs = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
+            dropout_p=dropout, is_causal=True, scale=scaling,
+        )
+        for start, end in pairwise(cu_seq_lens.tolist())
+    ]  # fmt: skip
+    return torch.cat(outputs, dim=2).transpose(1, 2)
