@@ -1,19 +1,68 @@
-"""Samples -> WebDataset tars. A shard appears under its name only when it is whole."""
+"""Samples -> WebDataset tars. A shard appears under its name only when it is whole and on the disk."""
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 
 import webdataset
 
 
-class ShardWriter:
-    """Writes `PREFIX-000000.tar`, ... of at most `samples_per_shard` samples into a folder.
+class ShardFile:
+    """Writes one tar, under a hidden name until it is whole; without a sample there is none.
 
-        with ShardWriter(folder) as writer:
-            writer.write("00000000", {"jpg": b"...", "json": {...}})
+        with ShardFile(folder / "cats-000000.tar") as shard:
+            shard.write("00000000", {"jpg": b"...", "json": {...}})
 
     Members carry no time and no owner: the same samples give the same bytes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.samples = 0
+        self._partial = path.with_name(f".{path.name}.tmp")
+        self._tar: webdataset.TarWriter | None = None
+
+    def write(self, key: str, members: dict[str, bytes | str | dict]) -> None:
+        """Adds a sample. members: extension ("jpg", "0.png", "json", "txt") -> content; dicts are stored as JSON."""
+        if self._tar is None:
+            self._file = self._partial.open("wb")
+            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, user="", group="")
+        encoded = {
+            extension: json.dumps(content, ensure_ascii=False).encode() if isinstance(content, dict)
+            else content.encode() if isinstance(content, str) else content
+            for extension, content in members.items()
+        }  # fmt: skip
+        self._tar.write({"__key__": key, **encoded})
+        self.samples += 1
+
+    def __enter__(self) -> "ShardFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.end(error)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Gives the tar its name, or, after an error, removes what there is of it."""
+        if self._tar is None:
+            return
+        try:
+            self._tar.close()
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._partial.replace(self.path)
+                sync_folder(self.path.parent)
+        finally:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Writes `PREFIX-000000.tar`, ... of at most `samples_per_shard` samples into a folder, one after another.
+
+    with ShardWriter(folder) as writer:
+        writer.write("00000000", {"jpg": b"...", "json": {...}})
     """
 
     def __init__(self, folder: Path, prefix: str = "shard", samples_per_shard: int = 1000):
@@ -22,42 +71,52 @@ class ShardWriter:
         self.samples_per_shard = samples_per_shard
         self.shards: list[Path] = []
         self.samples = 0
-        self._tar: webdataset.TarWriter | None = None
+        self._shard: ShardFile | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def _partial(self) -> Path:
-        return self.folder / f".{self.prefix}-{len(self.shards):06d}.tar.tmp"
-
     def write(self, key: str, members: dict[str, bytes | str | dict]) -> None:
-        """Adds a sample. members: extension ("jpg", "0.png", "json", "txt") -> content; dicts are stored as JSON."""
-        if self._tar is None:
-            self._tar = webdataset.TarWriter(str(self._partial), encoder=False, mtime=0, user="", group="")
-        encoded = {
-            extension: json.dumps(content, ensure_ascii=False).encode() if isinstance(content, dict)
-            else content.encode() if isinstance(content, str) else content
-            for extension, content in members.items()
-        }  # fmt: skip
-        self._tar.write({"__key__": key, **encoded})
+        """Adds a sample; as `ShardFile.write`."""
+        if self._shard is None:
+            self._shard = ShardFile(self.folder / shard_name(self.prefix, len(self.shards)))
+        self._shard.write(key, members)
         self.samples += 1
-        if self.samples % self.samples_per_shard == 0:
-            self._finish()
-
-    def _finish(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        self._tar = None
-        partial, shard = self._partial, self.folder / f"{self.prefix}-{len(self.shards):06d}.tar"
-        partial.replace(shard)
-        self.shards.append(shard)
+        if self._shard.samples == self.samples_per_shard:
+            self._end_shard(None)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._end_shard(error)
+
+    def _end_shard(self, error: BaseException | None) -> None:
+        if self._shard is None:
+            return
+        self._shard.end(error)
         if error is None:
-            self._finish()
-        elif self._tar is not None:
-            self._tar.close()
-            self._partial.unlink(missing_ok=True)
+            self.shards.append(self._shard.path)
+        self._shard = None
+
+
+def shard_name(prefix: str, number: int) -> str:
+    return f"{prefix}-{number:06d}.tar"
+
+
+def write_whole(file: Path, content: str) -> None:
+    """A small text file that is there whole, and on the disk, or not at all."""
+    partial = file.with_name(f".{file.name}.tmp")
+    with partial.open("w", encoding="utf-8") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    partial.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on the disk; without it, a rename may not outlive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
