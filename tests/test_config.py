@@ -379,3 +379,15 @@ def test_configs_of_the_repository_are_right_where_their_paths_exist(file, world
         tar.parent.mkdir(parents=True)
         tar.touch()
     assert Config.load(file.stem, [], world_size).run.name == tree["run"]["name"]
+
+
+def test_sources_of_one_name_are_refused(mistakes, tree):
+    shards = tree["data"]["train"][0]["shards"]
+    tree["data"]["train"] = [{"name": name, "shards": shards} for name in ("a", "b", "a")]
+    assert mistakes(tree) == ["data.train: several sources are named a; each needs a name of its own"]
+
+
+def test_a_glob_on_a_web_server_is_refused_before_it_is_asked(mistakes, tree):
+    tree["data"]["train"] = [{"name": "a", "shards": "https://host.invalid/x-*.tar"}]
+    (mistake,) = mistakes(tree)
+    assert mistake.startswith("data.train[0].shards: 'https://host.invalid/x-*.tar': a web server has no list")

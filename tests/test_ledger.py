@@ -5,6 +5,7 @@ Runs are of two real ranks. What is to be in the ledger is known from how the sh
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,10 @@ MIXED: dict[str, tuple[dict, str | None]] = {
 BAD = {key: kind for key, (_, kind) in MIXED.items() if kind}
 
 
-def write_mixed_shard(folder: Path) -> Path:
+def write_mixed_shard(folder: Path, keys: Iterable[str] = MIXED) -> Path:
     with ShardWriter(folder, "mixed") as writer:
-        for key, (members, _) in MIXED.items():
-            writer.write(key, members)
+        for key in keys:
+            writer.write(key, MIXED[key][0])
     return writer.shards[0]
 
 
@@ -85,9 +86,12 @@ def all_runs(world, config_file: str, out: str) -> dict[str, str | None]:
         Path(out, "resumed", "latest").write_text("checkpoint-000003\n")
         with Path(out, "resumed", "bad_samples.jsonl").open("a") as file:
             file.write('{"step": 4, "shard": "x')
+        write_mixed_shard(Path(out, "only-bad"), BAD)
     from trainer.dist import barrier
 
     barrier()
+    nothing = [*held_out, f"data.eval=[{{name: b, shards: '{out}/only-bad/*.tar'}}]", f"run.output_dir={out}/nothing"]
+    found["nothing held out"] = trained(world, config_file, nothing, "none", None)
     found["resumed"] = trained(world, config_file, [*mixed, f"run.output_dir={out}/resumed"], "auto", None)
     return found
 
@@ -99,6 +103,10 @@ def out(tiny_run, tmp_path_factory) -> Path:
     write_tiny_shards(out / "shards")
     write_mixed_shard(out / "bad")
     for found in run_ranks(all_runs, 2, str(tiny_run), str(out), timeout=300):
+        # No loss can be taken of held-out samples that are all bad: 0.0000 would look like a perfect model.
+        assert found.pop("nothing held out").startswith(
+            "DataError: data.eval: no held-out sample has a token to predict"
+        )
         assert found == dict.fromkeys(["straight", "stopped", "held-out", "held-out, resumed", "resumed"])
     return out
 

@@ -86,11 +86,11 @@ def _renamed(tar: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def test_a_cache_too_small_is_refused_before_a_step(train, server):
-    # The largest shard fits, all four do not.
-    limit = 1.1 * max(map(len, server.files.values())) / 2**30
+    # The two that have to be fetched for their indexes fit, all four do not.
+    limit = 1.1 * sum(sorted(map(len, server.files.values()))[-2:]) / 2**30
     said, code, lines = train(f"'{server.url}/tiny-{{0..3}}-000000.tar'", f"data.cache_gib={limit}")
     assert code == EXIT_USER_ERROR
-    assert f"data.cache_gib={limit:.3g} is too small for the 4 remote shards" in said
+    assert f"data.cache_gib={limit:.3g} is too small: up to 4 of the 4 remote shards are needed at a time" in said
     assert not lines
 
 

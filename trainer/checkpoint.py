@@ -162,10 +162,16 @@ def _check_whole(path: Path) -> None:
 def read_state(path: Path, expected: RunState) -> RunState:
     """The state in a checkpoint. Raises CheckpointError if it is of another stream of samples or another geometry."""
     try:
-        state = RunState(**json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        stored = json.loads((path / "state.json").read_text())
+        if stored["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: of format {stored['format']}, and this version reads {FORMAT}; go on with the version that "
+                f"wrote it, or take the weights alone, with model.init_from={path}"
+            )
+        state = RunState(**stored)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its state.json cannot be read ({error})") from error
-    names = {"format": "format", "seed": "run.seed", "global_batch_size": "train.global_batch_size",
+    names = {"seed": "run.seed", "global_batch_size": "train.global_batch_size",
              "order": "order of the samples", "world_size": "number of ranks", "zero_stage": "ZeRO stage"}  # fmt: skip
     differing = [
         f"{text} was {getattr(state, name)}, is {getattr(expected, name)}"

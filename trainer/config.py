@@ -68,7 +68,7 @@ class ShardsConfig:
 @dataclass
 class DataConfig:
     train: list[ShardsConfig] = field(default_factory=list)
-    """Sources to train on; an epoch has every sample of all of them once."""
+    """Sources to train on; without weights, an epoch has every sample of all of them once."""
     eval: list[ShardsConfig] = field(default_factory=list)
     """Held-out sources."""
     max_length: int = 2048
@@ -81,7 +81,8 @@ class DataConfig:
     cache_dir: str | None = None
     """Folder, best on a local disk, for copies of remote shards. Default: ~/.cache/mqwen-trainer/shards."""
     cache_gib: float = 100.0
-    """Size of these copies at most; those of some fifty shards should fit."""
+    """Size of these copies at most. As many shards must fit as are read at a time: 32, more with weighted sources, with
+    packs of small shards, and for held-out data."""
     system_prompt: str = "You are a helpful assistant."
     """Opens conversations that have no system turn of their own; empty for none."""
     caption_prompt: str = "Describe the image."
@@ -118,7 +119,7 @@ class TrainConfig:
     global_batch_size: int = 128
     """Samples (or packs) per optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: int = 1
-    """Samples (or packs) per forward pass of one rank."""
+    """Samples (or packs) per forward pass of one rank; in evaluation always samples."""
     micro_batch_tokens: int | None = None
     """Instead of micro_batch_size: put samples of like length together, up to so many tokens with their padding."""
     bf16: bool = True
@@ -298,7 +299,8 @@ def _check_data(config: Config) -> list[str]:
 def _check_url(where: str, pattern: str) -> list[str]:
     """What is wrong with a URL, without asking its server."""
     try:
-        check_scheme(pattern)
+        for one in _expand_braces(pattern):
+            check_scheme(one)
     except ConfigError as error:
         return [f"{where}: {error}"]
     return []
@@ -315,6 +317,9 @@ def _check_mixture(config: Config) -> list[str]:
             errors.append(f"data.train[{number}].weight: must be above 0, found {weight}; leave the source out instead")
     if any(weights) and train.epochs is not None:
         errors.append("train.epochs: weighted sources have epochs of their own; give train.max_steps instead")
+    names = [source.name for source in data.train]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        errors.append(f"data.train: several sources are named {', '.join(twice)}; each needs a name of its own")
     for number, source in enumerate(data.eval):
         if source.weight is not None:
             errors.append(f"data.eval[{number}].weight: held-out sources have no weights; all their samples count")

@@ -128,6 +128,11 @@ def on_ranks(chosen: bool, task: Callable[[], None]) -> None:
             task()
         except UserError as error:
             failure = error
+    raise_together(failure)
+
+
+def raise_together(failure: UserError | None) -> None:
+    """Raises, on all ranks, the error that one of them has met. All ranks call this."""
     failures: list[UserError | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure)
     for failure in failures:

@@ -9,8 +9,8 @@ from trainer.data.loader import ShardDataset, batches, fetch
 from trainer.data.order import Geometry, micro_batches
 from trainer.data.plan import NamedSource, make_stream
 from trainer.data.samples import Batch, Rejected
-from trainer.dist import sum_over_ranks
-from trainer.errors import CheckpointError
+from trainer.dist import raise_together, sum_over_ranks
+from trainer.errors import DataError
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def held_out_loss(
     inputs: Callable[[Batch], dict[str, torch.Tensor]],
 ) -> tuple[float, list[Rejected]]:
     """Mean cross-entropy of the first `samples` held-out samples (0: all), the same on every rank; and the samples of
-    this rank that could not be used. All ranks call this.
+    this rank that could not be used. All ranks call this. Raises DataError where nothing could be predicted.
 
     inputs: moves a batch to the device.
     """
@@ -41,14 +41,19 @@ def held_out_loss(
     for _ in range(steps):
         micro, failure = fetch(loader)
         if sum_over_ranks([float(failure is not None)], engine.device) != [0.0]:
-            raise failure or CheckpointError("another rank found a damaged shard")
+            raise_together(failure)
         (batch,) = micro
         loss += engine(**inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=1).loss.item()
         supervised += count_supervised(batch)
         rejected += batch["rejected"]
     engine.train()
     total, tokens = sum_over_ranks([loss, supervised], engine.device)
-    return total / max(1, tokens), rejected
+    if not tokens:
+        raise DataError(
+            "data.eval: no held-out sample has a token to predict: `launch/prepare_shards.py verify` says why",
+            on_all_ranks=True,
+        )
+    return total / tokens, rejected
 
 
 def count_supervised(batch: Batch) -> int:

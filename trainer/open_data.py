@@ -7,18 +7,24 @@ from functools import partial
 from pathlib import Path
 
 from trainer.config import Config, DataConfig, ShardsConfig, expand_shards
-from trainer.data.index import Shard, find_shard, open_index
+from trainer.data.index import Shard, find_shard
 from trainer.data.kept import cache_folder
 from trainer.data.lengths import Lengths
 from trainer.data.order import Stream
 from trainer.data.parallel import in_processes
-from trainer.data.plan import NamedSource, check_distinct, make_stream
-from trainer.data.reader import OPEN_SHARDS, ShardReader
+from trainer.data.plan import NamedSource, check_distinct, make_stream, shards_at_a_time
+from trainer.data.reader import ShardReader
 from trainer.data.remote import ShardCache, expand
-from trainer.data.remote_index import find_remote, open_remote
+from trainer.data.remote_index import REMOTE_WORKERS, find_remote, open_any
 from trainer.data.template import ChatTemplate
-from trainer.dist import log
+from trainer.dist import World, check_same, log, on_each_host, on_ranks
 from trainer.errors import ConfigError
+
+MOST_OPEN = 512
+"""Shards that a process holds open at most; it may usually open 1,024 files."""
+
+HELD_OUT_OPEN = 4
+"""Held-out shards that a process holds open: they are read one after another."""
 
 
 def open_cache(data: DataConfig) -> ShardCache:
@@ -30,29 +36,56 @@ def open_cache(data: DataConfig) -> ShardCache:
 def open_sources(configs: list[ShardsConfig], cache: ShardCache) -> list[NamedSource]:
     """The shards of each source, in the order of the configuration; missing indexes are made, on all cores.
 
-    Raises DataError for a damaged tar, where two tars hold the same samples, and where a remote glob finds nothing;
-    ConfigError where the cache is too small for the shards that are read at a time.
+    Raises DataError for a damaged tar and where two tars hold the same samples, ConfigError where a remote glob finds
+    nothing.
     """
     places = [[one for place in expand_shards(source.shards) for one in _expand(place)] for source in configs]
+    for config, of_source in zip(configs, places, strict=True):
+        if not of_source:
+            raise ConfigError(f"data: source '{config.name}': {config.shards} matches no shard")
     found = {place: _find(place, cache) for of_source in places for place in of_source}
     missing = [place for place, shard in found.items() if shard is None]
-    made = in_processes(partial(_make, cache=cache), missing, "indexing shards")
+    workers = REMOTE_WORKERS if any(isinstance(place, str) for place in missing) else None
+    made = in_processes(partial(_make, cache=cache), missing, "indexing shards", workers)
     kept = {place: shard for place, shard in found.items() if shard is not None}  # one without a sample is false
     shards = kept | dict(zip(missing, made, strict=True))
     sources = [
         NamedSource(config.name, [shards[place] for place in of_source], config.weight)
         for config, of_source in zip(configs, places, strict=True)
     ]
-    for config, source in zip(configs, sources, strict=True):
-        if not source.shards:
-            raise ConfigError(f"data: source '{config.name}': {config.shards} matches no shard")
-    opened = [shard for source in sources for shard in source.shards]
+    opened = all_shards(sources)
     check_distinct(opened)
-    _check_cache([shard.size for shard in opened if shard.url], cache)
     for shard in opened:
         if not shard.samples:
             log.warning("%s holds no sample", shard.name)
     return sources
+
+
+def open_on_all_ranks(data: DataConfig, world: World, cache: ShardCache) -> tuple[list[NamedSource], list[NamedSource]]:
+    """The sources to train on and the held-out ones; one process of each host makes the indexes that are missing.
+
+    Raises DataError also where ranks find different shards.
+    """
+    opened: list[list[NamedSource]] = []
+
+    def open_both() -> None:
+        opened[:] = [open_sources(data.train, cache), open_sources(data.eval, cache)]
+
+    on_each_host(world, open_both)
+    on_ranks(not opened, open_both)
+    train, held_out = opened
+    check_cache(train, held_out, data.packing, cache)
+    check_same("the shards", " ".join(shard.digest for shard in all_shards(train) + all_shards(held_out)))
+    trained_on = {shard.digest for shard in all_shards(train)}
+    for shard in all_shards(held_out):
+        if shard.digest in trained_on:
+            log.warning("%s is held out, and trained on too: its loss says little", shard.name)
+    return train, held_out
+
+
+def all_shards(sources: list[NamedSource]) -> list[Shard]:
+    """The shards of all sources, in their order."""
+    return [shard for source in sources for shard in source.shards]
 
 
 def _expand(place: Path | str) -> list[Path] | list[str]:
@@ -64,24 +97,28 @@ def _find(place: Path | str, cache: ShardCache) -> Shard | None:
 
 
 def _make(place: Path | str, cache: ShardCache) -> Shard:
-    return (open_remote(place, cache) if isinstance(place, str) else open_index(place)).shard
+    return open_any(place, cache).shard
 
 
-def _check_cache(sizes: list[int], cache: ShardCache) -> None:
-    """What is open at a time is held by the processes that read it; half as much again is for what comes next."""
-    needed = sum(sorted(sizes)[-OPEN_SHARDS * 3 // 2 :])
+def check_cache(train: list[NamedSource], held_out: list[NamedSource], packing: bool, cache: ShardCache) -> None:
+    """Raises ConfigError where the cache has no room for the remote shards that are read at a time."""
+    remote = sorted(shard.size for shard in all_shards(train) + all_shards(held_out) if shard.url)
+    if not remote:
+        return
+    at_a_time = min(len(remote), shards_at_a_time(train, packing) + HELD_OUT_OPEN * bool(held_out) + REMOTE_WORKERS)
+    needed = sum(remote[-at_a_time:])
     if needed > cache.limit_bytes:
         raise ConfigError(
-            f"data.cache_gib={cache.limit_bytes / 2**30:.3g} is too small for the {len(sizes)} remote shards: up to "
-            f"{OPEN_SHARDS * 3 // 2} of them are needed at a time, {needed / 2**30:.3g} GiB; raise it, or make "
-            f"smaller shards"
+            f"data.cache_gib={cache.limit_bytes / 2**30:.3g} is too small: up to {at_a_time} of the {len(remote)} "
+            f"remote shards are needed at a time, {needed / 2**30:.3g} GiB; raise it, or make smaller shards"
         )
 
 
-def open_reader(sources: list[NamedSource], data: DataConfig, cache: ShardCache) -> ShardReader:
+def open_reader(sources: list[NamedSource], data: DataConfig, cache: ShardCache, held_out: bool = False) -> ShardReader:
     """Reads the samples of all sources."""
-    shards = [shard for source in sources for shard in source.shards]
-    return ShardReader(shards, data.system_prompt, data.caption_prompt, cache)
+    at_a_time = HELD_OUT_OPEN if held_out else shards_at_a_time(sources, data.packing)
+    max_open = max(1, min(at_a_time, MOST_OPEN))
+    return ShardReader(all_shards(sources), data.system_prompt, data.caption_prompt, cache, max_open)
 
 
 def open_lengths(config: Config, reader: ShardReader, template: ChatTemplate) -> Lengths | None:
@@ -95,16 +132,33 @@ def open_stream(config: Config, sources: list[NamedSource], lengths: Lengths | N
     """The rows that a run trains on, ending after its epochs, if it has a number of them."""
     data = config.data
     stream = make_stream(sources, config.run.seed, lengths if data.packing else None, data.max_length)
-    samples, shards = sum(len(s) for source in sources for s in source.shards), sum(len(s.shards) for s in sources)
-    rows = " + ".join(f"{source.order.epoch_size:,}" for source in stream.sources)
-    log.info(
-        "%s samples in %s shards: %s %s an epoch",
-        f"{samples:,}",
-        f"{shards:,}",
-        rows,
-        "packs" if data.packing else "rows",
-    )
     if config.train.epochs is not None:
         (source,) = stream.sources
         stream.end = config.train.epochs * source.order.epoch_size
     return stream
+
+
+def plan(
+    config: Config, world: World, sources: list[NamedSource], reader: ShardReader, template: ChatTemplate
+) -> tuple[Stream, Lengths | None]:
+    """The rows that a run trains on, and the lengths that they are planned with; what that takes is found out once on
+    each host. All ranks call this."""
+    lengths = open_lengths(config, reader, template)
+
+    def measure() -> None:
+        assert lengths is not None
+        lengths.build()
+        open_stream(config, sources, lengths)
+
+    if lengths is not None:
+        on_each_host(world, measure)
+    stream = open_stream(config, sources, lengths)
+    log.info("%s", describe_stream(sources, stream))
+    return stream, lengths
+
+
+def describe_stream(sources: list[NamedSource], stream: Stream) -> str:
+    """How much there is, in a line."""
+    shards = all_shards(sources)
+    rows = " + ".join(f"{source.order.epoch_size:,}" for source in stream.sources)
+    return f"{sum(map(len, shards)):,} samples in {len(shards):,} shards: {rows} rows an epoch"

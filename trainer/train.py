@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,24 +22,23 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from trainer import checkpoint
-from trainer.config import Config, ShardsConfig
+from trainer.config import Config
 from trainer.data.lengths import Lengths
 from trainer.data.loader import ShardDataset, batches, fetch
 from trainer.data.order import Geometry, Slot, Stream, global_batch, micro_batches
 from trainer.data.plan import NamedSource, describe
-from trainer.data.remote import ShardCache
 from trainer.data.samples import Batch
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.dist import World, check_same, log, on_each_host, on_main_rank, sum_over_ranks
+from trainer.dist import World, log, on_main_rank, raise_together, sum_over_ranks
 from trainer.engine import build_engine, deepspeed_settings
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.freeze import freeze, table
 from trainer.ledger import Ledger
 from trainer.load import image_transform, load_model, load_tokenizer
 from trainer.metrics import Recorder
-from trainer.open_data import open_cache, open_lengths, open_reader, open_sources, open_stream
+from trainer.open_data import open_cache, open_on_all_ranks, open_reader, plan
 from trainer.optim import schedule, set_learning_rates
 
 
@@ -125,9 +125,9 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
     output_dir = Path(config.run.output_dir)
     on_main_rank(world, lambda: check_writable(output_dir))
     resumed_from = checkpoint.find_resume(output_dir, resume)
-    cache = open_cache(config.data)
-    sources = open_on_all_ranks(config.data.train, world, cache)
-    eval_sources = open_on_all_ranks(config.data.eval, world, cache)
+    data, train = config.data, config.train
+    cache = open_cache(data)
+    sources, held_out = open_on_all_ranks(data, world, cache)
 
     tokenizer = load_tokenizer(config.model)
     model = load_model(config, tokenizer, resumed_from)
@@ -135,12 +135,8 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
     log.info("%s", table(model))
     transform = image_transform(model)
     template = ChatTemplate(tokenizer, model.config.image_token_id, model.config.image_context_length)
-    data, train = config.data, config.train
-    reader = open_reader(sources, data, cache)
-    lengths = open_lengths(config, reader, template)
-    if lengths is not None:
-        on_each_host(world, lengths.build)
-    stream = open_stream(config, sources, lengths)
+    reader, held_out_reader = open_reader(sources, data, cache), open_reader(held_out, data, cache, held_out=True)
+    stream, lengths = plan(config, world, sources, reader, template)
     geometry = Geometry(
         train.global_batch_size, train.micro_batch_size, world.rank, world.world_size, train.micro_batch_tokens
     )
@@ -150,18 +146,16 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
         shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
         world_size=world.world_size, zero_stage=zero_stage,
     )  # fmt: skip
-    check_same("the training shards", f"{run.order} {run.shards}")
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
 
     engine = build_engine(model, config, settings)
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
-    eval_reader = open_reader(eval_sources, data, cache)
     return TrainState(
         config=config, world=world, engine=engine, tokenizer=tokenizer, transform=transform,
         train_data=ShardDataset(reader, template, transform, data.max_length, data.packing),
-        eval_data=ShardDataset(eval_reader, template, transform, data.max_length) if eval_reader.shards else None,
+        eval_data=ShardDataset(held_out_reader, template, transform, data.max_length) if held_out else None,
         sources=sources, stream=stream, lengths=lengths, geometry=geometry, run=run,
         last_step=train.max_steps or -(-(stream.end or 0) // train.global_batch_size), step=run.step,
     )  # fmt: skip
@@ -180,13 +174,6 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def open_on_all_ranks(sources: list[ShardsConfig], world: World, cache: ShardCache) -> list[NamedSource]:
-    """The shards of the sources; one process of each host makes the indexes that are missing."""
-    opened: list[NamedSource] = []
-    on_each_host(world, lambda: opened.extend(open_sources(sources, cache)))
-    return opened or open_sources(sources, cache)
-
-
 def train(state: TrainState, until: int | None = None) -> None:
     """Trains from the state's step to its last, or to an earlier one, and saves there."""
     config, world = state.config, state.world
@@ -203,7 +190,7 @@ def train(state: TrainState, until: int | None = None) -> None:
         while state.step < until:
             line = train_step(state, loader)
             if config.logging.sample_keys:
-                line["samples"] = sample_keys(state, state.step - 1)
+                on_main_rank(world, partial(add_sample_keys, state, line))
             recorder.step(line)
             is_last = state.step == until
             if is_last or state.step % config.checkpoint.save_steps == 0:
@@ -230,7 +217,7 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     totals = sum_over_ranks(list(map(float, here)), engine.device)
     supervised, tokens, images, truncated, truncated_tokens, bad, failures = map(int, totals)
     if failures:
-        raise failure or CheckpointError("another rank found a damaged shard")
+        raise_together(failure)
     if bad:
         rejected = [sample for b in micro for sample in b["rejected"]]
         state.ledger.record(state.step + 1, rejected, samples_seen(state, state.step + 1))
@@ -315,7 +302,7 @@ def save(state: TrainState) -> None:
     checkpoint.save(state.engine, state.output_dir, run, state.tokenizer, state.transform, keep_last)
 
 
-def sample_keys(state: TrainState, step: int) -> list[str]:
-    """Keys of the whole global batch of a step (counted from 0), in order, those of bad samples too."""
-    rows = global_batch(state.stream, step, state.geometry.global_batch_size)
-    return [state.train_data.reader.key(slot) for row in rows for slot in row]
+def add_sample_keys(state: TrainState, line: dict) -> None:
+    """Adds to the line of a step the keys of its whole global batch, in order, those of bad samples too."""
+    rows = global_batch(state.stream, line["step"] - 1, state.geometry.global_batch_size)
+    line["samples"] = [state.train_data.reader.key(slot) for row in rows for slot in row]

@@ -16,6 +16,10 @@ def scheme_of(text: str) -> str | None:
 def check_scheme(pattern: str) -> None:
     """Raises ConfigError for anything but a local path or a plain URL of SCHEMES."""
     scheme = scheme_of(pattern)
+    if scheme == "https" and re.search(r"[*{}]", pattern.partition("?")[0]):
+        raise ConfigError(
+            f"'{shown(pattern)}': a web server has no list of its files; write a range, as in data-{{000..099}}.tar"
+        )
     if scheme is None or (scheme in SCHEMES and pattern.startswith(f"{scheme}://")):
         return
     reason = {

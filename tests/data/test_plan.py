@@ -18,7 +18,7 @@ from trainer.data import packing
 from trainer.data.index import Shard
 from trainer.data.order import MIX_BLOCK, Slot, Stream
 from trainer.data.packing import pack_shapes
-from trainer.data.plan import NamedSource, check_distinct, describe, make_stream
+from trainer.data.plan import NamedSource, check_distinct, describe, make_stream, shards_at_a_time
 from trainer.errors import DataError
 
 MAX_LENGTH = 100
@@ -266,5 +266,33 @@ def test_every_change_of_the_stream_changes_its_description():
         describe(mixture([[3], [3]], [1, 3]), None, 100), describe(renamed, None, 100),
     ]  # fmt: skip
     assert len(set(descriptions)) == len(descriptions)
+    # The same shards, one of them in the other source; and weights that differ in the eighth place.
+    assert describe(mixture([[3, 3], [3]], [1, 2]), None, 100) != describe(mixture([[3], [3, 3]], [1, 2]), None, 100)
+    weights = ([1, 0.3333333], [1, 0.33333334])
+    assert len({describe(mixture([[3], [3]], pair), None, 100) for pair in weights}) == 2
     # Where samples are not packed, the length they are cut at is no matter of order.
     assert describe(sources, None, 100) == describe(sources, None, 200)
+
+
+def test_shards_at_a_time_are_those_of_two_windows_of_every_part(monkeypatch):
+    monkeypatch.setattr(packing, "GROUP_SAMPLES", 1000)
+    # A window is of 16 units. Plain: 2 x 16 of 100 shards, and both of 2.
+    assert shards_at_a_time(mixture([[5] * 100], None), packing=False) == 32
+    assert shards_at_a_time(mixture([[5] * 2], None), packing=False) == 2
+    # Weighted sources have windows of their own, others share one.
+    assert shards_at_a_time(mixture([[5] * 100] * 3, [1, 1, 1]), packing=False) == 96
+    assert shards_at_a_time(mixture([[5] * 100] * 3, None), packing=False) == 32
+    # Packed, a unit is a group of shards with 1,000 samples: of 10 shards of 100, 32 groups have 320.
+    assert shards_at_a_time(mixture([[100] * 1000], None), packing=True) == 320
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_never_leaves_the_shards_at_a_time(packing):
+    # Any stretch of two epochs as long as the shortest window: the shards in it are no more than was said.
+    sources = mixture([[400] * 60, [700] * 50], [2, 1])
+    lengths = NumberedLengths([shard for source in sources for shard in source.shards])
+    stream = make_stream(sources, 3, lengths if packing else None, MAX_LENGTH)
+    most = shards_at_a_time(sources, packing)
+    for start in range(0, 20_000, 500):
+        rows = [stream.row(position) for position in range(start, start + 500)]
+        assert len({slot.shard for row in rows for slot in row}) <= most

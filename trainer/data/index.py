@@ -23,6 +23,9 @@ TEXT_EXTENSIONS = ("json", "txt")
 BLOCK = 512
 """Bytes of a tar block; headers and data are padded to it."""
 
+MAX_MEMBER_BYTES = 1 << 30
+"""A member larger than this is not read: no picture or text of use is, and one read of Linux ends at 2 GiB."""
+
 HEADER_BYTES = 1 << 16
 """Of a picture, read for its shape; where they do not suffice (large metadata), all of it is."""
 
@@ -135,6 +138,11 @@ def keep_index(place: Path | str, index: ShardIndex) -> None:
     save_kept(place, "index", stamp, {"samples": np.array(len(index)), **hashes, **columns})
 
 
+def differing_columns(one: ShardIndex, other: ShardIndex) -> list[str]:
+    """Names of the columns in which two indexes of one tar differ."""
+    return [name for name in _COLUMNS if not np.array_equal(getattr(one, name), getattr(other, name))]
+
+
 def stored_shard(stored: dict[str, np.ndarray], path: Path, url: str = "") -> Shard:
     _, size, mtime_ns = stored["stamp"].tolist()
     digest, keys = (stored[name].tobytes().hex() for name in ("digest", "keys"))
@@ -223,7 +231,7 @@ def _parse_name(member: tarfile.TarInfo) -> tuple[str, int, str] | None:
 
 def _picture_shape(file: int, member: tarfile.TarInfo, start: bytes) -> tuple[int, int]:
     shape = header_size(start)
-    if shape == (0, 0) and member.size > len(start):
+    if shape == (0, 0) and len(start) < member.size <= MAX_MEMBER_BYTES:
         shape = header_size(os.pread(file, member.size, member.offset_data))
     return shape
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from trainer.urls import shown
 
 def load_kept(place: Path | str, kind: str, stamp: list[int], names: Iterable[str]) -> dict[str, np.ndarray]:
     """The named arrays that `save_kept` has kept for a tar under a stamp that begins so; empty if there are none."""
-    for file in _places(place, kind):
+    for file in kept_files(place, kind):
         try:
             with np.load(file, allow_pickle=False) as stored:
                 if stored["stamp"].tolist()[: len(stamp)] == stamp:
@@ -32,8 +33,8 @@ def save_kept(place: Path | str, kind: str, stamp: list[int], arrays: dict[str, 
     Raises DataError where neither can be: every process would have to make them anew, again and again.
     """
     failures = []
-    for file in _places(place, kind):
-        partial_file = file.with_name(f".{file.name}.{os.getpid()}.tmp.npz")
+    for file in kept_files(place, kind):
+        partial_file = file.with_name(f".{file.name}.{uuid4().hex}.tmp.npz")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -55,7 +56,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mqwen-trainer"
 
 
-def _places(place: Path | str, kind: str) -> list[Path]:
+def kept_files(place: Path | str, kind: str) -> list[Path]:
+    """Where arrays of a kind are kept for a tar (a path or a URL), in the order in which they are looked for."""
     if isinstance(place, str):
         name = hashlib.sha256(place.encode()).hexdigest()[:16]
         return [cache_folder() / "index" / f"url-{name}.{kind}.npz"]

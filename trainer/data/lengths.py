@@ -12,7 +12,8 @@ from trainer.data.kept import load_kept, save_kept
 from trainer.data.order import Slot
 from trainer.data.packing import PACKING_VERSION, pack_shapes
 from trainer.data.parallel import in_processes
-from trainer.data.reader import OPEN_SHARDS, ShardReader
+from trainer.data.reader import ShardReader
+from trainer.data.remote_index import REMOTE_WORKERS
 from trainer.data.template import ChatTemplate
 from trainer.errors import BadSample
 
@@ -27,13 +28,15 @@ class Lengths:
         self.template = template
         prompts = f"{VERSION}\0{reader.system_prompt}\0{reader.caption_prompt}\0"
         self.fingerprint = hashlib.sha256((prompts + template.fingerprint).encode()).hexdigest()[:12]
-        # Bound to the instance: an array for each shard of a few windows.
-        self.of = lru_cache(maxsize=OPEN_SHARDS)(self._of)
+        # Bound to the instance: an array for each shard that is read at a time.
+        self.of = lru_cache(maxsize=reader.max_open)(self._of)
 
     def build(self) -> None:
         """Measures the shards whose lengths are not kept yet, on all cores."""
         missing = [number for number in range(len(self.reader.shards)) if not self._load(number)]
-        for _ in in_processes(partial(_measure_and_keep, self), missing, "measuring texts"):
+        remote = any(self.reader.shards[number].url for number in missing)
+        workers = REMOTE_WORKERS if remote else None
+        for _ in in_processes(partial(_measure_and_keep, self), missing, "measuring texts", workers):
             pass
 
     def packs(self, groups: list[list[int]], max_length: int) -> list[int]:
@@ -90,5 +93,5 @@ def _count_packs(lengths: Lengths, max_length: int, group: list[int]) -> int:
 def _measure_and_keep(lengths: Lengths, number: int) -> None:
     shard = lengths.reader.shards[number]
     stamp = [VERSION, shard.size, shard.mtime_ns]
-    save_kept(shard.place, f"lengths-{lengths.fingerprint}", stamp, lengths.measure(number))
-    lengths.reader.close()
+    with lengths.reader:
+        save_kept(shard.place, f"lengths-{lengths.fingerprint}", stamp, lengths.measure(number))

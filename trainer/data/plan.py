@@ -64,10 +64,8 @@ def make_stream(
     Sources with weights go through epochs of their own; without weights they are one source, and an epoch has every
     sample of all of them once. seed: of the order; None keeps the given one. Raises DataError where there is no sample.
     """
-    parts = [source.shards for source in sources]
-    weights = [source.weight or 1.0 for source in sources]
-    if all(source.weight is None for source in sources):
-        parts, weights = [[shard for part in parts for shard in part]], [1.0]
+    parts = _parts(sources)
+    weights = [source.weight or 1.0 for source in sources][: len(parts)]
     made, first = [], 0
     for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         sizes = [len(shard) for shard in part]
@@ -89,6 +87,23 @@ def _sample_row(first: int, _epoch: int, shard: int, sample: int) -> Row:
     return [Slot(first + shard, sample)]
 
 
+def shards_at_a_time(sources: list[NamedSource], packing: bool) -> int:
+    """Shards that are read at a time: those of two windows of each part of the stream, whose units may be groups."""
+    count = 0
+    for part in _parts(sources):
+        groups = group_shards([len(shard) for shard in part]) if packing else [[i] for i in range(len(part))]
+        count += sum(sorted(map(len, groups))[-2 * SHARDS_PER_WINDOW :])
+    return count
+
+
+def _parts(sources: list[NamedSource]) -> list[list[Shard]]:
+    """The shards of each source with a weight, or of all together."""
+    parts = [source.shards for source in sources]
+    if all(source.weight is None for source in sources):
+        return [[shard for part in parts for shard in part]]
+    return parts
+
+
 def check_distinct(shards: list[Shard]) -> None:
     """Raises DataError, naming both, where two shards hold the same: their samples would be seen twice an epoch.
 
@@ -108,5 +123,9 @@ def describe(sources: list[NamedSource], lengths: Lengths | None, max_length: in
     words = "samples"
     if lengths is not None and max_length is not None:
         words = f"packs of {max_length} tokens (lengths {lengths.fingerprint}, rule {PACKING_VERSION})"
-    shares = [f"{source.name} {source.weight:g}" for source in sources if source.weight is not None]
+    shares = [
+        f"{source.name} ({len(source.shards)} shards) {source.weight!r}"
+        for source in sources
+        if source.weight is not None
+    ]
     return words + (f", mixed by weight: {', '.join(shares)}" if shares else "")

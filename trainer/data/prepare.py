@@ -11,26 +11,20 @@ process can make any shard, the number of processes does not show in the bytes, 
 import fcntl
 import json
 import os
-import re
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from trainer.data.index import open_index
+from trainer.data.parallel import in_processes
 from trainer.data.sources.source import Source
 from trainer.data.writer import ShardFile, shard_name, write_whole
-from trainer.errors import BadSample, DataError
+from trainer.errors import BadSample, DataError, printable
 
 MANIFEST = "prepare.json"
 LOCK_SECONDS = 3.0
@@ -95,10 +89,8 @@ def prepare(task: Preparation, workers: int) -> Summary:
         pending = [shard for shard in task.shards() if not _is_done(task, shard)]
         if done := len(task.shards()) - len(pending):
             print(f"{task.out} already holds {done} of {len(task.shards())} shards; going on with the rest", flush=True)
-        entries = sum(len(task.entries(shard)) for shard in pending)
-        # Quiet when the output is not a terminal.
-        with tqdm(total=len(task.source), initial=len(task.source) - entries, unit="entry", disable=None) as bar:
-            _make_all(task, pending, workers, lambda shard: bar.update(len(task.entries(shard))))
+        for _ in in_processes(partial(make_shard, task), pending, task.title, workers):
+            pass
         summary = _summarize(task)
     if not summary.kept:
         raise DataError(f"{task.title}: no sample was good enough to keep:\n{summary.table()}".rstrip(":\n"))
@@ -108,8 +100,8 @@ def prepare(task: Preparation, workers: int) -> Summary:
 # --- One shard ---
 
 
-def make_shard(task: Preparation, shard: int) -> int:
-    """Writes the tar, its index and its report; returns the shard's number."""
+def make_shard(task: Preparation, shard: int) -> None:
+    """Writes the tar, its index and its report."""
     left_out = []
     tar = task.tar(shard)
     try:
@@ -120,7 +112,7 @@ def make_shard(task: Preparation, shard: int) -> int:
                 except BadSample as error:
                     if not task.skip_bad:
                         raise DataError(_refusal(task, str(error))) from error
-                    left_out.append({"entry": number, "kind": error.kind, "message": _printable(str(error))})
+                    left_out.append({"entry": number, "kind": error.kind, "message": printable(str(error))})
                 else:
                     file.write(record.key, record.members)
         if file.samples:
@@ -132,7 +124,6 @@ def make_shard(task: Preparation, shard: int) -> int:
         write_whole(task.report(shard), json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{tar}: cannot be written ({error.strerror}); a new run goes on with this shard") from error
-    return shard
 
 
 def _is_done(task: Preparation, shard: int) -> bool:
@@ -158,65 +149,7 @@ def _summarize(task: Preparation) -> Summary:
 
 
 def _refusal(task: Preparation, message: str) -> str:
-    return _printable(f"{task.title}: {message}; --skip-bad leaves such entries out")
-
-
-def _printable(message: str) -> str:
-    """One line without what a terminal obeys or cannot show: names of entries are someone else's text."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]", lambda found: ascii(found[0])[1:-1], message)
-
-
-# --- All shards ---
-
-
-def _make_all(task: Preparation, shards: list[int], workers: int, done: Callable[[int], Any]) -> None:
-    workers = min(workers, len(shards))
-    if workers <= 1:
-        for shard in shards:
-            done(make_shard(task, shard))
-        return
-    alive, parent = os.pipe()
-    # Forked, so that all share what the source holds in memory.
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (task, alive, parent))
-    finished = False
-    try:
-        for future in as_completed([pool.submit(_work, shard) for shard in shards]):
-            done(future.result())
-        finished = True
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"{task.title}: a worker process was killed, as happens when memory runs out; a new run goes on where this "
-            f"one stopped, with fewer --workers it needs less"
-        ) from error
-    finally:
-        if not finished:
-            os.close(parent)  # what the others are at is of no use until a new run makes it again
-        pool.shutdown(cancel_futures=True)
-        if finished:
-            os.close(parent)
-        os.close(alive)
-
-
-_task: Preparation
-
-
-def _start_worker(task: Preparation, alive: int, parent: int) -> None:
-    global _task
-    _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
-    os.close(parent)
-    # Nobody ever writes: the read ends when the parent closes its end or is killed. Without it the workers of a killed
-    # run would stay, and wait for work for ever.
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
-
-
-def _end_with_parent(alive: int) -> None:
-    os.read(alive, 1)
-    os._exit(1)
-
-
-def _work(shard: int) -> int:
-    return make_shard(_task, shard)
+    return printable(f"{task.title}: {message}; --skip-bad leaves such entries out")
 
 
 # --- The folder ---
@@ -290,8 +223,8 @@ def _claim(task: Preparation) -> None:
 
 
 def _remove_partial(task: Preparation) -> None:
-    for partial in task.out.glob(f".{task.prefix}-*.tmp*"):  # of shards, reports and indexes
-        partial.unlink(missing_ok=True)
+    for half in task.out.glob(f".{task.prefix}-*.tmp*"):  # of shards, reports and indexes
+        half.unlink(missing_ok=True)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

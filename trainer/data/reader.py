@@ -5,17 +5,18 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from trainer.data.conversation import MALFORMED, parse_conversation
-from trainer.data.index import Shard, ShardIndex, open_index
+from trainer.data.index import MAX_MEMBER_BYTES, Shard, ShardIndex
 from trainer.data.order import SHARDS_PER_WINDOW, Slot
 from trainer.data.remote import ShardCache
-from trainer.data.remote_index import open_copy, open_remote
+from trainer.data.remote_index import open_any, open_copy
 from trainer.data.samples import Sample, Turn
 from trainer.errors import BadSample, DataError
 
 OPEN_SHARDS = 2 * SHARDS_PER_WINDOW
-"""Shards each process holds open at most, file and index: those of two windows, far below the usual limit of 1,024."""
+"""Shards of two windows: two are alive around a window's end."""
 
 
 class ShardReader:
@@ -24,6 +25,7 @@ class ShardReader:
     system_prompt: opens conversations that have no system turn of their own; empty for none.
     caption_prompt: question to which a caption is the answer.
     cache: local copies of remote shards.
+    max_open: shards held open, file and index, in each process.
     """
 
     def __init__(
@@ -32,15 +34,19 @@ class ShardReader:
         system_prompt: str = "",
         caption_prompt: str = "Describe the image.",
         cache: ShardCache | None = None,
+        max_open: int = OPEN_SHARDS,
     ):
         self.shards = shards
         self.system_prompt = system_prompt
         self.caption_prompt = caption_prompt
         self.cache = cache
+        self.max_open = max_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._index = lru_cache(maxsize=max_open)(self._read_index)
 
     def key(self, slot: Slot) -> str:
-        return self._opened(slot.shard).index.key(slot.sample)
+        """From the index alone: the shard need not be here."""
+        return self._index(slot.shard).key(slot.sample)
 
     def sample(self, slot: Slot) -> Sample:
         """The whole sample of a slot."""
@@ -50,20 +56,22 @@ class ShardReader:
         """Encoded pictures of a slot, in the order of their marks."""
         return [content for is_image, _, content in self._members(slot, images=True) if is_image]
 
-    def conversation(self, slot: Slot) -> list[Turn]:
-        """The checked turns of a slot."""
-        record: dict = {}
+    def record(self, slot: Slot) -> tuple[dict, int]:
+        """The fields of a slot's .json, with the .txt as `caption` where they have none, and its number of pictures."""
+        fields: dict = {}
         images = 0
         for is_image, is_json, content in self._members(slot, images=False):
-            images += is_image
             if is_image:
-                continue
-            if is_json:
-                # A caption beside its JSON (img2dataset) stands in where the JSON has none.
-                record = record | _parse_json(content)
+                images += 1
+            elif is_json:
+                fields = fields | _parse_json(content)
             else:
-                record = {"caption": content.decode(errors="replace")} | record
-        turns = parse_conversation(record, images, self.caption_prompt)
+                fields = {"caption": content.decode(errors="replace")} | fields
+        return fields, images
+
+    def conversation(self, slot: Slot) -> list[Turn]:
+        """The checked turns of a slot."""
+        turns = parse_conversation(*self.record(slot), self.caption_prompt)
         if self.system_prompt and turns[0].role != "system":
             turns = [Turn("system", self.system_prompt), *turns]
         return turns
@@ -73,23 +81,34 @@ class ShardReader:
         while self._open:
             os.close(self._open.popitem()[1].file)
 
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_index(self, number: int) -> ShardIndex:
+        shard = self.shards[number]
+        index = open_any(shard.place, self.cache)
+        if index.shard.digest != shard.digest:
+            raise DataError(_changed(shard))
+        return index
+
     def _opened(self, number: int) -> "_OpenShard":
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        if len(self._open) == OPEN_SHARDS:  # before the next one is opened: a remote shard may need its room
+        if len(self._open) == self.max_open:  # before the next one is opened: a remote shard may need its room
             os.close(self._open.popitem(last=False)[1].file)
-        shard = self.shards[number]
-        try:
-            if shard.url:
-                assert self.cache is not None
-                index, file = open_remote(shard.url, self.cache), open_copy(shard, self.cache)
-            else:
-                index, file = open_index(shard.path), os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-            stat = os.fstat(file)
-        except OSError as error:
-            raise DataError(f"{shard.name}: the shard cannot be read ({error.strerror})") from error
-        if index.shard.digest != shard.digest or stat.st_size != shard.size:
+        shard, index = self.shards[number], self._index(number)
+        if shard.url:
+            assert self.cache is not None
+            file = open_copy(index, self.cache)
+        else:
+            file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        stat = os.fstat(file)
+        # Of a copy the size has been checked, and its time of change is its own.
+        if not shard.url and (stat.st_size, stat.st_mtime_ns) != (index.shard.size, index.shard.mtime_ns):
             os.close(file)
             raise DataError(_changed(shard))
         self._open[number] = _OpenShard(file, index, stat.st_size, stat.st_mtime_ns)
@@ -97,28 +116,29 @@ class ShardReader:
 
     def _members(self, slot: Slot, images: bool) -> list[tuple[bool, bool, bytes]]:
         """(is_image, is_json, content) of each member; of pictures or of texts the content is left empty."""
-        opened = self._opened(slot.shard)
-        file, index, shard = opened.file, opened.index, self.shards[slot.shard]
+        shard = self.shards[slot.shard]
         try:
-            stat = os.fstat(file)
+            opened = self._opened(slot.shard)
+            stat = os.fstat(opened.file)
+            if (stat.st_size, stat.st_mtime_ns) != (opened.size, opened.mtime_ns):
+                raise DataError(_changed(shard))
+            index, rows = opened.index, opened.index.members(slot.sample)
+            columns = (index.is_image[rows], index.is_json[rows], index.offset[rows], index.size[rows])
+            return [
+                (is_image, is_json, _read(opened.file, offset, size, shard) if is_image == images else b"")
+                for is_image, is_json, offset, size in zip(*(column.tolist() for column in columns), strict=True)
+            ]
         except OSError as error:
             raise DataError(f"{shard.name}: the shard cannot be read ({error.strerror})") from error
-        if (stat.st_size, stat.st_mtime_ns) != (opened.size, opened.mtime_ns):
-            raise DataError(_changed(shard))
-        rows = index.members(slot.sample)
-        found = []
-        columns = (index.is_image[rows], index.is_json[rows], index.offset[rows], index.size[rows])
-        for is_image, is_json, offset, size in zip(*(column.tolist() for column in columns), strict=True):
-            content = b""
-            if is_image == images:
-                try:
-                    content = os.pread(file, size, offset)
-                except OSError as error:
-                    raise DataError(f"{shard.name}: the shard cannot be read ({error.strerror})") from error
-                if len(content) != size:
-                    raise DataError(_changed(shard))
-            found.append((is_image, is_json, content))
-        return found
+
+
+def _read(file: int, offset: int, size: int, shard: Shard) -> bytes:
+    if size > MAX_MEMBER_BYTES:
+        raise BadSample(f"a member of {size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read", "member too large")
+    content = os.pread(file, size, offset)
+    if len(content) != size:
+        raise DataError(_changed(shard))
+    return content
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from trainer.data.kept import kept_files
 from trainer.errors import ConfigError, DataError, UserError
 from trainer.urls import check_scheme, scheme_of, shown
 
@@ -56,10 +57,6 @@ def expand(pattern: str) -> list[str]:
     """
     check_scheme(pattern)
     scheme = scheme_of(pattern)
-    if scheme == "https" and re.search(r"[*{}]", pattern.partition("?")[0]):
-        raise ConfigError(
-            f"'{shown(pattern)}': a web server has no list of its files; write a range, as in data-{{000..099}}.tar"
-        )
     if scheme in (None, "https") or not re.search(r"[*?[]", pattern):
         return [pattern]
     found = _ask(pattern, lambda files: files.glob(pattern, detail=True))
@@ -136,7 +133,8 @@ class ShardCache:
             raise DataError(f"{shown(url)}: the server does not say how large it is, so a part could pass as the whole")
         if expected_size not in (None, size):
             raise DataError(
-                f"{shown(url)}: {size} bytes, but its index was made of {expected_size}; make the index again"
+                f"{shown(url)}: {size} bytes, but its index was made of {expected_size}: it has changed at its source; "
+                f"{again(url)}"
             )
         partial = self._reserve(url, copy.name, size)
 
@@ -174,7 +172,8 @@ class ShardCache:
                     used += stat.st_size
                     copies.append((stat.st_atime_ns, stat.st_size, file))
             for _, freed, file in sorted(copies):
-                if used + size > self.limit_bytes and _removed(file, lock=file):
+                short = used + size > self.limit_bytes or shutil.disk_usage(self.folder).free < size
+                if short and _removed(file, lock=file):
                     used -= freed
             if used + size > self.limit_bytes:
                 raise DataError(
@@ -186,6 +185,11 @@ class ShardCache:
             partial = self.folder / f"tmp-{size}-{name}"
             partial.touch()
         return partial
+
+
+def again(url: str) -> str:
+    """The way out where a remote shard and its index do not agree."""
+    return f"put the old one back, or remove {kept_files(url, 'index')[0]} and start a new run with the new one"
 
 
 def _name(url: str) -> str:

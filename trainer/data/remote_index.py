@@ -1,20 +1,31 @@
-"""Indexes of remote shards, and their copies, checked against them.
+"""Indexes of shards wherever they are, and the copies of remote ones, checked against them.
 
-An index is kept by URL. It comes from beside the shard (URL.index.npz), or, where there is none, from a copy made for
-that purpose.
+The index of a URL is kept by that URL. It comes from beside the shard (URL.index.npz), or, where there is none, from a
+copy made for that purpose.
 """
 
 import os
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.data.index import VERSION, Shard, ShardIndex, keep_index, kept_index, scan
-from trainer.data.remote import ShardCache
+from trainer.data.index import VERSION, Shard, ShardIndex, differing_columns, keep_index, kept_index, open_index, scan
+from trainer.data.remote import ShardCache, again
 from trainer.errors import DataError
+
+REMOTE_WORKERS = 4
+"""Shards that are fetched at a time to be indexed or measured: each takes its room in the cache meanwhile."""
+
+
+def open_any(place: Path | str, cache: ShardCache | None) -> ShardIndex:
+    """The index of a tar at a path, or at a URL with a cache for its copies. Raises DataError if it cannot be had."""
+    if isinstance(place, Path):
+        return open_index(place)
+    assert cache is not None
+    return open_remote(place, cache)
 
 
 def find_remote(url: str, cache: ShardCache) -> Shard | None:
-    """The few words that a run keeps of a remote shard, if its index is here."""
+    """What a run keeps of a remote shard, if its index is here; nobody is asked."""
     index = kept_index(url, cache.place(url), [VERSION], url)
     return index.shard if index else None
 
@@ -38,11 +49,12 @@ def open_remote(url: str, cache: ShardCache) -> ShardIndex:
     return index
 
 
-def open_copy(shard: Shard, cache: ShardCache) -> int:
+def open_copy(index: ShardIndex, cache: ShardCache) -> int:
     """A descriptor of a remote shard's local copy, of which every new one is held against the index.
 
-    Raises DataError where the copy has other members than the index says.
+    Raises DataError where the copy is not what the index says.
     """
+    shard = index.shard
     file = cache.open(shard.url, shard.size)
     checked = Path(f"{cache.place(shard.url)}.checked")
     stamp = f"{shard.digest} {os.fstat(file).st_mtime_ns}"
@@ -52,11 +64,9 @@ def open_copy(shard: Shard, cache: ShardCache) -> int:
     except OSError:
         pass  # a new copy
     try:
-        if scan(cache.place(shard.url)).shard.digest != shard.digest:
-            raise DataError(
-                f"{shard.name}: the shard is not the one that its index was made of; put the old one back, or "
-                f"make the index again and start a new run"
-            )
+        found = scan(cache.place(shard.url))
+        if found.shard.digest != shard.digest or differing_columns(found, index):
+            raise DataError(f"{shard.name}: the shard is not the one that its index was made of; {again(shard.url)}")
         checked.write_text(stamp)
     except BaseException:
         os.close(file)
