@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from trainer.config import Config
-from trainer.errors import BadSample, ConfigError, run_main
+from trainer.errors import BadSample, ConfigError, printable, run_main
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
         raise ConfigError(f"--step {args.step}: steps count from 1")
 
     from trainer.data.order import global_batch
+    from trainer.data.picture import decode
     from trainer.data.template import ChatTemplate
     from trainer.load import IMAGE_PLACEHOLDER, load_tokenizer, model_config
     from trainer.open_data import open_cache, open_lengths, open_reader, open_sources, open_stream
@@ -45,19 +46,21 @@ def main() -> None:
     rows = global_batch(stream, args.step - 1, config.train.global_batch_size)
     for number, row in enumerate(rows):
         for slot in row:
-            where = f"{Path(reader.shards[slot.shard].name).name}/{reader.key(slot)}"
-            head = f"{number:4}  {names[slot.shard]:12.12}  "
+            where = printable(f"{Path(reader.shards[slot.shard].name).name}/{reader.key(slot)}")
+            head = f"{number:4}  {printable(names[slot.shard]):12.12}  "
             try:
                 turns = reader.conversation(slot)
                 whole, labels = template.encode(turns)
                 input_ids, labels = template.truncate(whole, labels, config.data.max_length)
+                for picture in reader.images(slot):
+                    decode(picture)
             except BadSample as error:
-                print(f"{head}left out: {where}: {error}")
+                print(f"{head}left out: {where}: {printable(str(error))}")
                 continue
             cut, learnt = len(whole) - len(input_ids), sum(label >= 0 for label in labels[1:])
             images = input_ids.count(image_token_id) // len(template.image_run)
             answer = " ".join([turn.text for turn in turns if turn.role == "assistant"][-1].split())
-            print(f"{head}{len(input_ids):6}  {cut:5}  {learnt:6}  {images:6}  {where}: {answer[:60]}")
+            print(f"{head}{len(input_ids):6}  {cut:5}  {learnt:6}  {images:6}  {where}: {printable(answer[:60])}")
     if not any(rows):
         print(f"no sample: the run ends after {stream.end} rows")
 

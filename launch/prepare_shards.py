@@ -17,13 +17,13 @@ python launch/prepare_shards.py FORMAT --help lists the options of one.
 """
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shard_commands import add_inspection_commands
+from shard_commands import add_inspection_commands, positive
 
+from trainer.data.parallel import cores
 from trainer.errors import DataError, run_main
 
 if TYPE_CHECKING:  # the rest is slow to import, so after the command line is known to be good
@@ -123,11 +123,10 @@ def _add_format(commands: argparse._SubParsersAction, name: str, opens, help: st
     command.set_defaults(run=run_prepare, opens=opens, format=name)
     command.add_argument("source", help=help)
     command.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    command.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="default 1000")
+    command.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default 1000")
     command.add_argument("--skip-bad", action="store_true", help="leave bad entries out, count them, and go on")
-    # Of a Slurm allocation only those that are ours; not every system can tell.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    command.add_argument("--workers", type=_positive, default=cores, metavar="N", help=f"processes; default {cores}")
+    workers = cores()
+    command.add_argument("--workers", type=positive, default=workers, metavar="N", help=f"processes; default {workers}")
     return command
 
 
@@ -140,12 +139,6 @@ def _add_captions(command: argparse.ArgumentParser) -> None:
         "--captions", choices=["first", "all"], default="first",
         help="of a picture's captions: the first alone (default), or each as a sample with a copy of the picture",
     )  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)
 
 
 # --- Commands ---

@@ -42,10 +42,10 @@ def add_inspection_commands(commands: argparse._SubParsersAction) -> None:
     _add(commands, "verify", run_verify, "check shards end to end: say what is wrong where")
     preview = _add(commands, "preview", run_preview, "an HTML page of samples as the model sees them")
     preview.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page")
-    preview.add_argument("--samples", type=_positive, default=24, metavar="N", help="default 24")
+    preview.add_argument("--samples", type=positive, default=24, metavar="N", help="default 24")
     stats = _add(commands, "stats", run_stats, "samples, images, lengths, and what packing saves")
     stats.add_argument(
-        "--micro-batch-size", type=_positive, metavar="N",
+        "--micro-batch-size", type=positive, metavar="N",
         help="samples of a padded batch; default: the configuration's, or 8",
     )  # fmt: skip
 
@@ -59,11 +59,12 @@ def _add(commands: argparse._SubParsersAction, name: str, run, help: str) -> arg
     for option, (kind, default, meaning) in WITHOUT_CONFIG.items():
         shown = f"{meaning}; default: {default}" if default else meaning
         name, metavar = f"--{option.replace('_', '-')}", "N" if kind is int else "DIR" if default is None else "TEXT"
-        command.add_argument(name, type=_positive if kind is int else str, metavar=metavar, help=shown)
+        command.add_argument(name, type=positive if kind is int else str, metavar=metavar, help=shown)
     return command
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Type of an option that counts something."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
     return int(text)
@@ -130,6 +131,8 @@ def _configured(args: argparse.Namespace) -> View:
 
 
 def _from_options(args: argparse.Namespace) -> View:
+    from trainer.data.transform import IMAGE_ASPECTS
+
     values = {
         option: default if getattr(args, option) is None else getattr(args, option)
         for option, (_, default, _) in WITHOUT_CONFIG.items()
@@ -137,8 +140,8 @@ def _from_options(args: argparse.Namespace) -> View:
     size, patch, aspect = values["image_size"], values["patch_size"], values["image_aspect"]
     if size % patch:
         raise ConfigError(f"--image-size {size} is not a multiple of --patch-size {patch}")
-    if aspect not in ("crop", "pad", "squash"):
-        raise ConfigError(f"--image-aspect {aspect}: expected crop, pad or squash")
+    if aspect not in IMAGE_ASPECTS:
+        raise ConfigError(f"--image-aspect {aspect}: expected one of {', '.join(IMAGE_ASPECTS)}")
     data = DataConfig(
         train=[ShardsConfig("shards", args.shards)],
         max_length=values["max_length"],
@@ -175,7 +178,8 @@ def run_verify(args: argparse.Namespace) -> None:
         reports.append(report)
     for name, finding in check_together(verifier, reports):
         print(finding.line(name))
-        kinds[finding.kind] += 1
+        if not finding.is_note:
+            kinds[finding.kind] += 1
     print(summary(reports, kinds, data.max_length))
     if kinds:
         sys.exit(PROBLEMS_FOUND)
@@ -219,6 +223,8 @@ def run_stats(args: argparse.Namespace) -> None:
 
     template, data = view.template(), view.config.data
     cache = open_cache(data)
-    lengths = Lengths(open_reader(open_sources(data.train, cache), data, cache), template)
+    sources = open_sources(data.train, cache)
+    lengths = Lengths(open_reader(sources, data, cache), template)
     batch_size = args.micro_batch_size or (view.config.train.micro_batch_size if args.config else 8)
-    print(describe(measure(lengths, data.max_length), data.max_length, view.image_length, batch_size))
+    stats = measure(lengths, sources, data.max_length)
+    print(describe(stats, data.max_length, view.image_length, batch_size))

@@ -1,10 +1,14 @@
 """launch/inspect_step.py names the samples that a run really saw, without the run."""
 
+import io
 import json
 import re
 
 import pytest
 from commands import command
+from PIL import Image
+
+from trainer.data.writer import ShardWriter
 
 MODES = {
     "samples": ["train.epochs=1", "train.max_steps=null"],
@@ -29,6 +33,31 @@ def test_the_samples_of_a_step_are_those_that_the_run_saw(tiny_run, tmp_path, mo
         assert {row[1] for row in rows} == {"tiny"}
         for column, count in ((2, "tokens"), (3, "truncated_tokens"), (4, "supervised_tokens"), (5, "images")):
             assert sum(int(row[column]) for row in rows) == line[count], count
+
+
+def test_a_picture_that_cannot_be_decoded_is_left_out_as_in_the_run_and_no_escape_reaches_the_terminal(
+    tiny_run, tmp_path
+):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, "PNG")
+    picture = file.getvalue()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red \x1b[2J\u202e \x9b blue"}]
+    with ShardWriter(tmp_path / "shards", "bad") as writer:
+        for key, png in {"cut": picture[:-40], "a\x1b[31m\u202e": picture}.items():
+            writer.write(key, {"png": png, "json": {"conversations": turns}})
+    settings = [f"data.train=[{{name: bad, shards: '{tmp_path}/shards/*.tar'}}]", "train.global_batch_size=2"]
+    settings += ["train.max_steps=1", "data.max_bad_fraction=1", f"run.output_dir={tmp_path}/run"]
+    done = command("python", "launch/train.py", "--config", str(tiny_run), "--set", *settings)
+    assert done.returncode == 0, done.stderr
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    done = command("python", "launch/inspect_step.py", "--config", str(tiny_run), "--step", "1", "--set", *settings)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()[1:]
+    (left_out,) = [row for row in rows if "left out: " in row]
+    assert re.search(r"left out: \S+\.tar/cut: the picture cannot be decoded", left_out)
+    (trained,) = [row for row in rows if row != left_out]
+    assert int(trained.split()[2]) == line["tokens"]
+    assert trained.endswith(r".tar/a\x1b[31m\u202e: red \x1b[2J\u202e \x9b blue")
 
 
 def test_a_step_behind_the_end_and_one_before_the_start_are_named(tiny_run):

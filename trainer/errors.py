@@ -40,8 +40,20 @@ class BadSample(DataError):
         self.kind = kind
 
 
+class NumbersError(UserError):
+    """Training whose numbers are no longer finite."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or model folder that cannot be used."""
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """The text as a terminal may have it: what it would obey, hide or turn round is written out as in Python's repr.
+
+    For keys, names and answers are someone else's text. lines: the line ends are the message's own, and stay.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else repr(c)[1:-1] for c in text)
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -51,5 +63,5 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         # Configurations and folders are the same for all ranks, so one rank says it; a bad sample is one rank's own.
         if (isinstance(error, DataError) and not error.on_all_ranks) or os.environ.get("RANK", "0") == "0":
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+            print(f"\nerror: {printable(str(error), lines=True)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)

@@ -158,13 +158,15 @@ def test_after_the_error_skipping_goes_on_with_the_same_folder(prepare, images, 
 
 
 def test_skipping_counts_what_is_left_out_by_kind(prepare, images, tmp_path):
-    bad = [entry("x", "none.png"), entry("y", "gone.png"), entry("z\x1b[31m", "broken.png")]
+    bad = [entry("x", "none.png"), entry("y", "gone.png"), entry("z\x1b[31m\u202e", "broken.png")]
     code, stdout, stderr = prepare([entry("first", "a.png"), *bad, entry("last", "b.jpg")], "--skip-bad")
     assert (code, stderr) == (0, "")
     lines = stdout.splitlines()
     assert lines[0] == f"2 samples in 1 shards in {tmp_path / 'shards'}; left out: 3"
     assert re.fullmatch(r" +2  no such picture           +entry 1 \(id 'x'\): .*/none\.png: no such picture", lines[1])
-    assert re.fullmatch(r" +1  picture cannot be decoded  entry 3 \(id 'z\\x1b\[31m'\): .*/broken\.png: .*", lines[2])
+    assert re.fullmatch(
+        r" +1  picture cannot be decoded  entry 3 \(id 'z\\x1b\[31m\\u202e'\): .*/broken\.png: .*", lines[2]
+    )
     assert len(lines) == 3
     # Every single one is named in the report.
     report = json.loads((tmp_path / "shards" / "cats-000000.report.json").read_text())

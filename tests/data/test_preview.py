@@ -146,7 +146,10 @@ def test_what_is_left_out_is_shown_as_far_as_it_can_be_with_its_reason(tmp_path,
 
 def hostile_page(folder: Path, tokenizer_folder: Path) -> Path:
     samples = {
-        f"{name}<b>": {"png": picture("magenta"), "json": question("<image>" + text.replace("<image>", ""), text)}
+        f"{name}<b>\u00a0\u202e\"'>": {
+            "png": picture("magenta"),
+            "json": question("<image>" + text.replace("<image>", ""), text),
+        }
         for name, text in HOSTILE.items()
     }
     out = folder / "page.html"
@@ -183,6 +186,9 @@ def test_a_hostile_caption_stays_text(tmp_path, tokenizer_folder):
     for tag, attributes in parsed.tags:
         assert not any(name.startswith("on") for name in attributes)
         assert tag != "img" or attributes["src"].startswith("data:image/jpeg;base64,")
+        assert tag != "img" or set(attributes) == {"alt", "src"}
+    alts = [attributes["alt"] for tag, attributes in parsed.tags if tag == "img"]
+    assert alts == [f"picture 1 of {name}<b>\\xa0\\u202e\"'>" for name in HOSTILE]
     assert [a["class"] for tag, a in parsed.tags if tag == "h2" and "class" in a] == []
     # Nothing that turns text round or hides it is left raw, and everything else is there, letter by letter.
     shown = "".join(parsed.texts)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny_sources import bad, entry, picture, pictures, records, texts, write_json
 
-from trainer.data.conversation import MISCOUNTED
+from trainer.data.conversation import MALFORMED, MISCOUNTED
 from trainer.data.picture import UNDECODABLE
 from trainer.data.sources.conversations import ConversationSource
 from trainer.data.sources.huggingface import HuggingFaceSource
@@ -93,7 +93,7 @@ def test_img2datasets_tars_are_checked_and_sharded_anew(downloads):
         2: NO_CAPTION,
         3: FAILED_DOWNLOAD,
         6: NO_CAPTION,
-        7: MALFORMED_ENTRY,
+        7: MALFORMED,
         8: MALFORMED_ENTRY,
     }
     assert bad(source, 3)[1] == f"{downloads / '00000.tar'}: sample 000000004: status 'failed_to_resize' (oh)"
@@ -115,6 +115,14 @@ def test_a_half_downloaded_tar_is_named(downloads):
     (downloads / "00001.tar").write_bytes(whole[:2000])
     with pytest.raises(DataError, match=r"00001\.tar"):
         Img2datasetSource(str(downloads))
+
+
+def test_a_tar_that_changes_meanwhile_is_named(downloads):
+    source, tar = Img2datasetSource(str(downloads)), downloads / "00000.tar"
+    assert source.record(0).key == "00000000-000000000"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    with pytest.raises(DataError, match=r"00000\.tar: the shard has changed"):
+        source.record(0)
 
 
 # --- hf ---

@@ -1,5 +1,6 @@
 """`stats` counts what is there, and its figures for padding and packing are those of a count by hand."""
 
+import os
 import re
 
 import numpy as np
@@ -8,9 +9,12 @@ from inspected import picture, question, run, write, write_by_webdataset, write_
 
 from trainer.data.index import open_index
 from trainer.data.lengths import Lengths
+from trainer.data.order import Slot
+from trainer.data.plan import NamedSource
 from trainer.data.reader import ShardReader
-from trainer.data.stats import BINS, histogram, measure, padded_positions
+from trainer.data.stats import BINS, Stats, histogram, measure, padded_positions
 from trainer.data.template import ChatTemplate
+from trainer.errors import DataError
 from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER, build_tokenizer
 
 
@@ -29,6 +33,10 @@ def lengths_of(tars, tokenizer, image_length: int) -> Lengths:
     return Lengths(reader, ChatTemplate(tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER), image_length))
 
 
+def measured(lengths: Lengths, max_length: int) -> Stats:
+    return measure(lengths, [NamedSource("all", list(lengths.reader.shards))], max_length)
+
+
 CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
 
 
@@ -42,7 +50,7 @@ def test_samples_images_and_lengths_are_those_of_the_shards(tmp_path, tokenizer)
         }
         for key, (images, letters) in kinds.items()
     }
-    stats = measure(lengths_of([write(tmp_path, samples)], tokenizer, image_length=10), max_length=4096)
+    stats = measured(lengths_of([write(tmp_path, samples)], tokenizer, image_length=10), max_length=4096)
     frame = len(tokenizer.encode(CHATML.format("q", "")))
     assert stats.images.tolist() == [1, 2, 0, 1, 1]
     assert stats.text_tokens.tolist() == [frame + letters for letters in (1, 20, 300, 5, 5)]
@@ -61,7 +69,7 @@ def test_what_a_run_would_leave_out_is_counted_by_kind(tmp_path, tokenizer):
         "cut": {"png": picture(), "json": question(answer="q" * 300)},
     }
     tar = write(tmp_path, samples)
-    stats = measure(lengths_of([tar], tokenizer, image_length=20), max_length=150)
+    stats = measured(lengths_of([tar], tokenizer, image_length=20), max_length=150)
     assert stats.bad == {
         "picture cannot be decoded": 1,
         "malformed conversation": 1,
@@ -91,8 +99,35 @@ def test_packs_by_hand(tmp_path, tokenizer):
     # Six samples of the same length: into packs of twice that, three; of one more, as many; of one less, six.
     tar = write(tmp_path, {str(n): {"png": picture(), "json": question()} for n in range(6)})
     lengths = lengths_of([tar], tokenizer, image_length=9)
-    (each,) = set(measure(lengths, 4096).lengths.tolist())
-    assert [measure(lengths, 2 * each + extra).packs for extra in (0, 1, -1)] == [3, 3, 6]
+    (each,) = set(measured(lengths, 4096).lengths.tolist())
+    assert [measured(lengths, 2 * each + extra).packs for extra in (0, 1, -1)] == [3, 3, 6]
+
+
+def test_packs_are_those_of_a_run_source_by_source(tmp_path, tokenizer):
+    # One sample of each source: together they fit into one pack, but a source with a weight has packs of its own.
+    tars = [write(tmp_path / name, {name: {"png": picture(), "json": question()}}) for name in ("a", "b")]
+    lengths = lengths_of(tars, tokenizer, image_length=9)
+    shards = lengths.reader.shards
+    for weight, packs in ((None, 1), (1.0, 2)):
+        sources = [NamedSource(str(number), [shard], weight) for number, shard in enumerate(shards)]
+        assert measure(lengths, sources, 4096).packs == packs
+    # Kept: a run of the same data finds them.
+    assert len(list(tmp_path.rglob("*packs-*"))) == 2  # beside the first shard of each
+
+
+def test_an_error_leaves_no_file_open(tmp_path, tokenizer, monkeypatch):
+    lengths = lengths_of([write(tmp_path, {"a": {"png": picture(), "json": "{"}})], tokenizer, image_length=9)
+
+    def damaged(slot: Slot) -> list:
+        lengths.reader.images(slot)
+        raise DataError("the shard has changed")
+
+    lengths.build()
+    monkeypatch.setattr(lengths.reader, "conversation", damaged)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(DataError, match="has changed"):
+        measured(lengths, 4096)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_the_histogram_has_every_sample_in_one_bar():

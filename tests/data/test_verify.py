@@ -11,10 +11,14 @@ from commands import command
 from inspected import picture, question, run, write, write_by_webdataset, write_nlvr
 
 from trainer.config import DataConfig
+from trainer.data import verify
 from trainer.data.index import VERSION, open_index
 from trainer.data.kept import load_kept, save_kept
+from trainer.data.order import Slot
+from trainer.data.reader import ShardReader
 from trainer.data.template import ChatTemplate
-from trainer.data.verify import Verifier, check_shard
+from trainer.data.verify import Report, Verifier, check_shard
+from trainer.errors import DataError
 from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER, build_tokenizer
 
 
@@ -169,10 +173,36 @@ def test_what_two_shards_share_is_named_with_both(tmp_path):
     assert lines == [
         f"{copy}: holds the same samples as {first}",
         f"{first}: is given twice",
-        f"{other}: samples 'k0', 'k1', 'k2': also in {first}",
-        f"{third}: samples 'k1', 'k11': also in {other}",
-        "24 samples in 5 shards: 4 problems",
+        f"{other}: samples 'k0', 'k1', 'k2': also in {first} (no problem)",
+        f"{third}: samples 'k1', 'k11': also in {other} (no problem)",
+        "24 samples in 5 shards: 2 problems",
     ]
+
+
+def test_other_samples_under_the_same_keys_are_a_note(tmp_path):
+    # As of two sources that the tool itself has prepared: each begins with 00000000.
+    first = write(tmp_path / "first", good(2))
+    second = write(tmp_path / "second", {key: {"png": picture("blue"), "json": question()} for key in good(2)})
+    code, out, _ = run("verify", first, second)
+    assert out.splitlines() == [
+        f"{second}: samples '0', '1': also in {first} (no problem)",
+        "4 samples in 2 shards: 0 problems",
+    ]
+    assert code == 0
+
+
+def test_a_shard_that_changes_meanwhile_is_reported_and_left_closed(tmp_path, monkeypatch):
+    tar = write(tmp_path, good(2))
+
+    def changed(_report: Report, reader: ShardReader, i: int) -> None:
+        reader.images(Slot(0, i))
+        raise DataError(f"{tar}: the shard has changed")
+
+    monkeypatch.setattr(verify, "_check_pictures", changed)
+    before = os.listdir("/proc/self/fd")
+    report = check_shard(Verifier(DataConfig()), tar)
+    assert [finding.what for finding in report.findings] == ["the shard has changed"]
+    assert os.listdir("/proc/self/fd") == before
 
 
 # --- The command ---
@@ -194,6 +224,7 @@ def test_mistakes_in_the_command_have_an_exit_code_of_their_own(tmp_path, tiny_r
         (str(tmp_path / "*.tar"),): "no such shards",
         (): "give SHARDS, or --config X",
         ("--config", str(tiny_run), "--max-length", "5"): "--max-length: --config says it already",
+        ("a.tar", "--image-aspect", "round"): "--image-aspect round: expected one of crop, pad, squash",
         ("a.tar", "--image-size", "100"): "--image-size 100 is not a multiple of --patch-size 14",
         ("a.tar", "--tokenizer", str(tmp_path)): "no qwen.tiktoken and no tokenizer.json",
     }.items():

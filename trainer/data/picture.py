@@ -4,7 +4,6 @@ Imports neither torch nor transformers, so that tools which only look at picture
 """
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +23,7 @@ can claim a hundred times as many."""
 
 # By their first bytes, whatever the file is called. Not `Image.open`: it would try every format Pillow knows (EPS runs
 # Ghostscript), and its own check of the size warns or raises by settings that belong to the whole process.
-_FORMATS: dict[bytes, Callable[[BinaryIO], ImageFile.ImageFile]] = {
+_FORMATS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
     b"RIFF": WebPImagePlugin.WebPImageFile,
@@ -75,6 +74,12 @@ def decode(encoded: bytes) -> Image.Image:
         raise BadSample(f"the picture cannot be decoded ({error})", UNDECODABLE) from error
 
 
+def format_name(encoded: bytes) -> str | None:
+    """Pillow's name ("JPEG", "WEBP") of the format that a picture is decoded as; None where it is none of those."""
+    opened = _format(encoded)
+    return opened.format if opened else None
+
+
 def header_size(picture: bytes | Path | BinaryIO) -> tuple[int, int]:
     """Width and height as stored (before EXIF turns it), from the header alone; (0, 0) if that cannot be read.
 
@@ -99,11 +104,14 @@ def _peek(file: BinaryIO, size: int) -> bytes:
 
 def _open(file: BinaryIO) -> ImageFile.ImageFile:
     """Reads the header; no pixel is decoded."""
-    start = _peek(file, 8)
-    for magic, opened in _FORMATS.items():
-        if start.startswith(magic):
-            return opened(file)
-    raise ValueError("its format is not known; JPEG, PNG, WebP, GIF and BMP are")
+    opened = _format(_peek(file, 8))
+    if opened is None:
+        raise ValueError("its format is not known; JPEG, PNG, WebP, GIF and BMP are")
+    return opened(file)
+
+
+def _format(start: bytes) -> type[ImageFile.ImageFile] | None:
+    return next((opened for magic, opened in _FORMATS.items() if start.startswith(magic)), None)
 
 
 def _webp_size(start: bytes) -> tuple[int, int]:

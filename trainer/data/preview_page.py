@@ -11,6 +11,7 @@ from itertools import groupby
 from string import Template
 
 from trainer.data.preview import Piece, Preview
+from trainer.errors import printable
 
 JOINERS = "\u200c\u200d"
 """Invisible, but they shape Persian words and joined emoji, and do nothing else."""
@@ -111,7 +112,7 @@ def _article(shown: Preview) -> str:
     counts = f"{shown.tokens:,} tokens, {shown.supervised:,} supervised" + (f", {shown.cut:,} cut" if shown.cut else "")
     problems = "".join(f'<p class="problem"><b>Left out:</b> {_text(problem)}</p>' for problem in shown.problems)
     figures = "".join(
-        f'<figure><img alt="picture {number} of {_text(shown.key)}" src="data:image/jpeg;base64,'
+        f'<figure><img alt="picture {number} of {escape(printable(shown.key))}" src="data:image/jpeg;base64,'
         f'{base64.b64encode(picture.jpeg).decode()}"><figcaption>{_text(picture.note)}</figcaption></figure>'
         for number, picture in enumerate(shown.pictures, start=1)
     )

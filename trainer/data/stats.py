@@ -9,14 +9,13 @@ from functools import partial
 
 import numpy as np
 
-from trainer.data.index import ShardIndex, open_index
+from trainer.data.index import ShardIndex
 from trainer.data.lengths import Lengths
 from trainer.data.order import Slot, permutation
-from trainer.data.packing import group_shards, pack_shapes
 from trainer.data.parallel import in_processes
 from trainer.data.picture import MAX_PIXELS, TOO_LARGE, UNDECODABLE
-from trainer.data.reader import ShardReader
-from trainer.data.remote_index import open_remote
+from trainer.data.plan import NamedSource, make_stream
+from trainer.data.remote_index import open_any
 from trainer.errors import BadSample
 
 BINS = 16
@@ -42,22 +41,24 @@ class Stats:
     """Of `max_length` tokens, that all samples take."""
 
 
-def measure(lengths: Lengths, max_length: int) -> Stats:
-    """Measures the shards of a reader, on all cores. Raises DataError for a damaged shard."""
+def measure(lengths: Lengths, sources: list[NamedSource], max_length: int) -> Stats:
+    """Measures the shards of all sources, those of the lengths' reader, on all cores.
+
+    Raises DataError for a damaged shard, and where there is no sample.
+    """
     lengths.build()
     shards = lengths.reader.shards
     found = list(in_processes(partial(_shard_numbers, lengths, max_length), range(len(shards)), "counting"))
     images, totals, usable = (np.concatenate([numbers[column] for numbers in found]) for column in range(3))
-    # Packs are planned before it is known which samples are bad, group of shards by group.
-    groups = group_shards([len(shard) for shard in shards])
-    planned = [np.concatenate([lengths.of(shard) for shard in group]) for group in groups]
+    # As a run plans them, before it is known which samples are bad; the seed is of their order alone.
+    stream = make_stream(sources, 0, lengths, max_length)
     return Stats(
         shards=len(shards),
         images=images,
         bad=sum((bad for *_, bad in found), Counter()),
         text_tokens=(totals - images * len(lengths.template.image_run))[usable],
         lengths=totals[usable],
-        packs=sum(pack_shapes(of_group, max_length).count for of_group in planned),
+        packs=sum(source.order.epoch_size for source in stream.sources),
     )
 
 
@@ -65,26 +66,18 @@ def _shard_numbers(
     lengths: Lengths, max_length: int, number: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter[str]]:
     """Of each sample of a shard images, tokens, whether it can be used: (S,) int64, int64, bool; and what is wrong."""
-    index, totals = _open_index(lengths.reader, number), lengths.of(number)
-    bad = _bad_pictures(index)
-    for i in np.flatnonzero((totals == 0) | (totals > max_length)).tolist():
-        try:
-            input_ids, labels = lengths.template.encode(lengths.reader.conversation(Slot(number, i)))
-            lengths.template.truncate(input_ids, labels, max_length)
-        except BadSample as error:
-            bad[i] = error.kind
-    lengths.reader.close()
+    with lengths.reader as reader:
+        index, totals = open_any(reader.shards[number].place, reader.cache), lengths.of(number)
+        bad = _bad_pictures(index)
+        for i in np.flatnonzero((totals == 0) | (totals > max_length)).tolist():
+            try:
+                input_ids, labels = lengths.template.encode(reader.conversation(Slot(number, i)))
+                lengths.template.truncate(input_ids, labels, max_length)
+            except BadSample as error:
+                bad[i] = error.kind
     usable = np.ones(len(index), dtype=bool)
     usable[list(bad)] = False
     return index.images(), totals, usable, Counter(bad.values())
-
-
-def _open_index(reader: ShardReader, number: int) -> ShardIndex:
-    shard = reader.shards[number]
-    if not shard.url:
-        return open_index(shard.path)
-    assert reader.cache is not None
-    return open_remote(shard.url, reader.cache)
 
 
 def _bad_pictures(index: ShardIndex) -> dict[int, str]:

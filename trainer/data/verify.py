@@ -1,30 +1,31 @@
 """Checks shards end to end: what a run would stumble over, found before it, with shard and key.
 
 tar -> scanned anew, compared with its kept index -> every conversation parsed [and encoded], every picture decoded
-all tars -> one shard twice, one key in several shards
+all tars -> one shard twice; as a note, one key in several shards
 """
 
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from trainer.config import DataConfig
-from trainer.data.index import ShardIndex, find_shard, open_index, scan
+from trainer.data.index import ShardIndex, differing_columns, find_shard, scan
 from trainer.data.kept import cache_folder
 from trainer.data.order import Slot
 from trainer.data.parallel import in_processes
 from trainer.data.picture import decode
 from trainer.data.reader import ShardReader
-from trainer.data.remote import ShardCache, shown
-from trainer.data.remote_index import open_remote
+from trainer.data.remote import ShardCache
+from trainer.data.remote_index import open_any
 from trainer.data.template import ChatTemplate
-from trainer.errors import BadSample, DataError
+from trainer.errors import BadSample, DataError, printable
+from trainer.urls import shown
 
 KEYS_NAMED = 10
 """Keys that are named of those which two shards have in common."""
@@ -39,11 +40,13 @@ class Finding:
     what: str
     key: str | None = None
     """Of the sample; None where it is the shard's own."""
+    is_note: bool = False
+    """Worth a look, and no problem."""
 
     def line(self, name: str) -> str:
         """What is wrong in which shard, on one line: keys and names may hold anything, control characters too."""
         sample = "" if self.key is None else f"sample {self.key!r}: "
-        return " ".join(f"{printable(name)}: {sample}{printable(self.what)}".split())
+        return f"{printable(name)}: {sample}{printable(' '.join(self.what.split()))}"
 
 
 @dataclass
@@ -79,17 +82,6 @@ class Verifier:
     cache: ShardCache | None = None
     """Local copies of remote shards."""
 
-    def open_index(self, place: Path | str) -> ShardIndex:
-        if isinstance(place, Path):
-            return open_index(place)
-        assert self.cache is not None
-        return open_remote(place, self.cache)
-
-
-def printable(text: str) -> str:
-    """The text with whatever a terminal would not show as a character written out."""
-    return "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
-
 
 def check_shards(verifier: Verifier, places: list[Path | str]) -> Iterator[Report]:
     """The report of each tar, in order, made on all cores. A damaged tar is reported like any other."""
@@ -105,11 +97,10 @@ def check_shard(verifier: Verifier, place: Path | str) -> Report:
         report.key_hashes = np.array([_hash(index.key(i)) for i in range(len(index))], dtype=np.uint64)
         if not len(index):
             report.findings.append(Finding("no sample", "holds no sample"))
-        reader = ShardReader([index.shard], data.system_prompt, data.caption_prompt, verifier.cache)
-        for i in range(len(index)):
-            _check_text(report, reader, i, verifier.template, data.max_length)
-            _check_pictures(report, reader, i)
-        reader.close()
+        with ShardReader([index.shard], data.system_prompt, data.caption_prompt, verifier.cache) as reader:
+            for i in range(len(index)):
+                _check_text(report, reader, i, verifier.template, data.max_length)
+                _check_pictures(report, reader, i)
     except DataError as error:
         report.findings.append(Finding("shard cannot be used", str(error).removeprefix(f"{report.name}: ")))
     return report
@@ -119,8 +110,8 @@ def _check_index(verifier: Verifier, report: Report) -> ShardIndex:
     """The index that a run reads by. Raises DataError where the tar is damaged, or the index is not that of the tar."""
     place = report.place
     if isinstance(place, str):
-        kept = verifier.open_index(place)
         assert verifier.cache is not None
+        kept = open_any(place, verifier.cache)
         copy = verifier.cache.open(place, kept.shard.size)
         try:
             found = scan(verifier.cache.place(place))
@@ -131,12 +122,8 @@ def _check_index(verifier: Verifier, report: Report) -> ShardIndex:
         if find_shard(place) is None and place.with_name(f"{place.name}.index.npz").exists():
             what = "the index beside it is of another state of the tar, or of another version; it is made anew"
             report.findings.append(Finding("stale index", what))
-        kept = open_index(place)
-    wrong = [
-        column.name
-        for column in fields(ShardIndex)
-        if column.name != "shard" and not np.array_equal(getattr(kept, column.name), getattr(found, column.name))
-    ]
+        kept = open_any(place, None)
+    wrong = differing_columns(kept, found)
     if kept.shard.digest != found.shard.digest:
         wrong.append("digest")
     if wrong:
@@ -175,7 +162,10 @@ def _hash(key: str) -> int:
 
 
 def check_together(verifier: Verifier, reports: list[Report]) -> Iterator[tuple[str, Finding]]:
-    """What is wrong between tars, each with the name of the later one: the same samples, or the same keys."""
+    """What is wrong between tars, each with the name of the later one: the same samples.
+
+    And, as notes, other samples under the same keys: a run reads them as what they are.
+    """
     seen: dict[str, str] = {}
     distinct = []
     for report in reports:
@@ -186,11 +176,13 @@ def check_together(verifier: Verifier, reports: list[Report]) -> Iterator[tuple[
             seen[report.digest] = report.name
             distinct.append(report)
     for (earlier, later), samples in _shared_keys(distinct).items():
-        index = verifier.open_index(distinct[later].place)
+        index = open_any(distinct[later].place, verifier.cache)
         keys = [repr(index.key(i)) for i in samples[:KEYS_NAMED]]
         more = f" and {len(samples) - KEYS_NAMED} more" if len(samples) > KEYS_NAMED else ""
-        what = f"sample{'s' * (len(samples) > 1)} {', '.join(keys)}{more}: also in {distinct[earlier].name}"
-        yield distinct[later].name, Finding("key in several shards", what)
+        what = (
+            f"sample{'s' * (len(samples) > 1)} {', '.join(keys)}{more}: also in {distinct[earlier].name} (no problem)"
+        )
+        yield distinct[later].name, Finding("key in several shards", what, is_note=True)
 
 
 def _shared_keys(reports: list[Report]) -> dict[tuple[int, int], list[int]]:

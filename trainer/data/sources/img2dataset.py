@@ -14,8 +14,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from trainer.data.index import ShardIndex, open_index
+from trainer.data.index import Shard, open_index
+from trainer.data.order import Slot
 from trainer.data.parallel import in_processes
+from trainer.data.reader import ShardReader
 from trainer.data.sources.conversations import checked_text
 from trainer.data.sources.pictures import bytes_as_picture
 from trainer.data.sources.source import MALFORMED_ENTRY, NO_CAPTION, SourceRecord, entry_name, make_key, naming
@@ -34,8 +36,9 @@ class Img2datasetSource:
             raise DataError(
                 f"{pattern}: no tars there; expected the output folder of img2dataset, or a pattern (*.tar)"
             )
-        self._ends = list(accumulate(in_processes(_samples, self.tars, "reading the tars")))
-        self._open: ShardIndex | None = None
+        shards = list(in_processes(_shard, self.tars, "reading the tars"))
+        self._ends = list(accumulate(map(len, shards)))
+        self._reader = ShardReader(shards)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -46,65 +49,23 @@ class Img2datasetSource:
 
     def record(self, number: int) -> SourceRecord:
         position = bisect_right(self._ends, number)
-        tar, sample = self.tars[position], number - (self._ends[position - 1] if position else 0)
-        index = self._index(tar)
-        with naming(f"{tar}: sample {index.key(sample)}"):
-            name = entry_name(number, index.key(sample))
-            pictures, caption, record = _read(tar, index, sample)
+        slot = Slot(position, number - (self._ends[position - 1] if position else 0))
+        key = self._reader.key(slot)
+        with naming(f"{self.tars[position]}: sample {key}"):
+            name = entry_name(number, key)
+            record, _ = self._reader.record(slot)
+            pictures = self._reader.images(slot)
             if record.get("status", "success") != "success":
                 reason = record.get("error_message")
                 raise BadSample(f"status {record['status']!r} ({reason})", FAILED_DOWNLOAD)
-            caption = record["caption"] if record.get("caption") is not None else caption
-            if caption is None:
+            if "caption" not in record:
                 raise BadSample("neither its .json nor a .txt has a caption", NO_CAPTION)
             if len(pictures) != 1:
                 raise BadSample(f"expected one picture, found {len(pictures)}", MALFORMED_ENTRY)
-            text = {"id": name, **checked_text({"caption": caption}, 1)}
+            text = {"id": name, **checked_text({"caption": record["caption"]}, 1)}
             extension, content = bytes_as_picture(pictures[0], "its picture")
             return SourceRecord(make_key(number, name), {extension: content, "json": text})
 
-    def _index(self, tar: Path) -> ShardIndex:
-        # Entries are read in order: one tar's index at a time is enough.
-        if self._open is None or self._open.shard.path != tar:
-            self._open = open_index(tar)
-        return self._open
 
-
-def _samples(tar: Path) -> int:
-    return len(open_index(tar))
-
-
-def _read(tar: Path, index: ShardIndex, sample: int) -> tuple[list[bytes], str | None, dict[str, Any]]:
-    """(pictures, text of the .txt, content of the .json) of one sample."""
-    pictures: list[bytes] = []
-    caption, record = None, {}
-    rows = index.members(sample)
-    columns = (index.is_image[rows], index.is_json[rows], index.offset[rows], index.size[rows])
-    for is_image, is_json, offset, size in zip(*(column.tolist() for column in columns), strict=True):
-        content = _bytes(tar, offset, size)
-        if is_image:
-            pictures.append(content)
-        elif is_json:
-            record = _parse(content)
-        else:
-            caption = content.decode(errors="replace")
-    return pictures, caption, record
-
-
-def _bytes(tar: Path, offset: int, size: int) -> bytes:
-    try:
-        with tar.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise DataError(f"{tar}: cannot be read ({error.strerror})") from error
-
-
-def _parse(content: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"its .json is not JSON ({error})", MALFORMED_ENTRY) from error
-    if not isinstance(record, dict):
-        raise BadSample(f"its .json holds a {type(record).__name__}, not an object", MALFORMED_ENTRY)
-    return record
+def _shard(tar: Path) -> Shard:
+    return open_index(tar).shard

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from trainer.data.index import IMAGE_EXTENSIONS
-from trainer.data.picture import decode
+from trainer.data.picture import decode, format_name
 from trainer.data.sources.source import Members, naming
 from trainer.errors import BadSample
 
@@ -16,8 +16,8 @@ UNREADABLE = "picture cannot be read"
 UNKNOWN_FORMAT = "picture of a format that shards do not hold"
 OUTSIDE = "picture outside the folder"
 
-_STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
-"""First bytes of the formats that shards hold, of those that `decode` knows."""
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Of the formats that shards hold, of those that `decode` knows."""
 
 
 def picture_members(folder: Path, files: list[str]) -> Members:
@@ -59,9 +59,8 @@ def bytes_as_picture(content: bytes, name: str) -> tuple[str, bytes]:
     Raises BadSample if it cannot be decoded.
     """
     picture = check_picture(content, name)
-    for start, extension in _STARTS.items():
-        if content.startswith(start):
-            return extension, content
+    if extension := _EXTENSIONS.get(format_name(content) or ""):
+        return extension, content
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
     return "png", encoded.getvalue()
