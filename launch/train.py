@@ -6,10 +6,21 @@ On one process, without a launcher: python launch/train.py --config stage1.yaml
 """
 
 import argparse
+import ctypes
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 from trainer.config import Config
-from trainer.dist import distributed, log, world_from_environment
+from trainer.dist import distributed, log, on_main_rank, world_from_environment
 from trainer.errors import run_main
+from trainer.run_lock import RunLock, run_lock
+from trainer.stopping import EXIT_STOPPED, Stopped, StopRequest
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that this process gets when its parent has ended."""
 
 
 def main() -> None:
@@ -25,18 +36,38 @@ def main() -> None:
     world = world_from_environment()
     overrides = [override for group in args.set for override in group]
     config = Config.load(args.config, overrides, world.world_size)
+    if args.local_rank is not None:
+        stop_with_launcher()
 
-    from trainer.train import setup, train  # slow to import, so after the configuration is known to be good
+    from trainer.train import check_writable, setup, train  # slow to import, so after the configuration is known good
 
-    with distributed(world):
-        state = setup(config, world, args.resume)
+    with StopRequest() as stop, distributed(world), ExitStack() as stack:
+        lock: list[RunLock] = []
+
+        def take_folder() -> None:
+            check_writable(Path(config.run.output_dir))
+            lock.append(stack.enter_context(run_lock(Path(config.run.output_dir))))
+
+        on_main_rank(world, take_folder)
+        state = setup(config, world, args.resume, stop)
+        state.lock = lock[0] if lock else None
         try:
             if state.step < state.last_step:
                 train(state)
             else:
                 log.info("%s is finished: step %d of %d", config.run.output_dir, state.step, state.last_step)
+        except Stopped:
+            sys.exit(EXIT_STOPPED)
         finally:
             state.engine.destroy()
+
+
+def stop_with_launcher() -> None:
+    """A launcher that is killed leaves its ranks behind, and nobody would know of them: let them save and end."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)  # it was gone before
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is not there, belongs to one stream of samples, and runs no code."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -10,8 +11,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from trainer.checkpoint import RunState, existing, find_resume, read_state
-from trainer.config import Config
+from trainer.checkpoint import RunState, clear, existing, find_resume, note_best, read_state, remove_old
+from trainer.config import CheckpointConfig, Config
 from trainer.errors import CheckpointError
 
 
@@ -120,8 +121,9 @@ def test_newest_is_kept_even_where_others_have_higher_steps(outcome):
 def test_checkpoint_holds_what_its_manifest_lists(run):
     folder = run / "checkpoint-000005"
     manifest = json.loads((folder / "manifest.json").read_text())
-    files = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
-    assert manifest == {name: size for name, size in files.items() if name != "manifest.json"}
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    expected = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+    assert manifest == {name: entry for name, entry in expected.items() if name != "manifest.json"}
     assert {"state.json", "hf/config.json", "hf/model.safetensors"} < manifest.keys()
     assert any(name.startswith("deepspeed/") for name in manifest)
     assert not any("half" in name for name in files)
@@ -153,8 +155,12 @@ def test_auto_starts_anew_where_nothing_was_saved(tmp_path):
 
 def test_none_starts_anew_but_not_over_checkpoints(run, tmp_path):
     assert find_resume(tmp_path / "new", "none") is None
-    with pytest.raises(CheckpointError, match="holds checkpoints.*--resume auto.*another run.output_dir"):
+    with pytest.raises(CheckpointError, match="holds checkpoints.*--resume auto.*another run.output_dir.*overwrite"):
         find_resume(run, "none")
+    assert find_resume(run, "none", overwrite=True) is None
+    clear(run)
+    assert (existing(run), (run / "latest").exists()) == ([], False)
+    assert (run / "checkpoint-best-000001").exists()  # the user's own
 
 
 def test_path_names_a_checkpoint_of_any_run(run, tmp_path):
@@ -165,48 +171,73 @@ def test_path_names_a_checkpoint_of_any_run(run, tmp_path):
             find_resume(run, str(wrong))
 
 
-@pytest.mark.parametrize("resume", ["auto", "PATH"])
-@pytest.mark.parametrize("name", ["hf/model.safetensors", "state.json", "deepspeed/*optim_states.pt"])
-def test_truncated_file_is_named_with_both_sizes(run, name, resume):
-    folder = run / "checkpoint-000005"
-    (file,) = folder.glob(name)
-    whole = file.stat().st_size
-    with file.open("r+b") as content:
-        content.truncate(whole - 1)
+def damage(folder: Path, how: str) -> str:
+    """Damages a checkpoint; what is to be said of it."""
+    weights, manifest = folder / "hf" / "model.safetensors", folder / "manifest.json"
+    size = weights.stat().st_size
+    if how == "cut":
+        with weights.open("r+b") as content:
+            content.truncate(size - 1)
+        return f"not whole: hf/model.safetensors should have {size} bytes, found {size - 1} bytes"
+    if how == "flipped bit":
+        content = bytearray(weights.read_bytes())
+        content[-9] ^= 4
+        weights.write_bytes(content)
+        return "not whole: hf/model.safetensors has other bytes than were written"
+    if how == "missing":
+        (folder / "state.json").unlink()
+        return "not whole: state.json should have"
+    if how == "of a rank":
+        (file,) = (folder / "deepspeed").glob("*optim_states.pt")
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        return f"not whole: deepspeed/{file.name} has other bytes"
+    manifest.write_text({"no list": "[]", "cut list": manifest.read_text()[:50], "empty list": ""}[how])
+    return "not a whole checkpoint: its manifest.json cannot be read"
+
+
+DAMAGES = ["cut", "flipped bit", "missing", "of a rank", "no list", "cut list", "empty list"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_auto_takes_the_one_before(run, how, caplog):
+    newest = run / "checkpoint-000005"
+    said = damage(newest, how)
     with pytest.raises(CheckpointError) as raised:
-        find_resume(run, str(folder) if resume == "PATH" else resume)
-    said = f"{folder}: not whole: {file.relative_to(folder)} should have {whole} bytes, found {whole - 1} bytes"
-    assert str(raised.value).startswith(said)
+        find_resume(run, str(newest))
+    assert f"{newest}: {said}" in str(raised.value)
+    assert find_resume(run, "auto") == run / "checkpoint-000004"
+    assert f"passed over {newest}: {said}" in caplog.text
 
 
-def test_missing_file_is_named(run):
-    (run / "checkpoint-000005" / "hf" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"hf/config.json should have \d+ bytes, found missing"):
+def test_auto_never_starts_anew_where_no_checkpoint_is_whole(run):
+    for number in (3, 4, 5):
+        damage(run / f"checkpoint-00000{number}", "cut")
+    with pytest.raises(CheckpointError, match="none of its 3 checkpoints is whole.*run.overwrite"):
         find_resume(run, "auto")
 
 
-@pytest.mark.parametrize("content", [None, "", '{"state.json": 1', "[]", "{}"])
-def test_checkpoint_without_a_manifest_is_not_whole(run, content):
-    manifest = run / "checkpoint-000005" / "manifest.json"
-    manifest.unlink()
+@pytest.mark.parametrize("content", ["", "\n", "checkpoint-000009\n", None])
+def test_a_pointer_that_points_nowhere_loses_nothing(run, content, caplog):
+    (run / "latest").unlink()
     if content is not None:
-        manifest.write_text(content)
-    with pytest.raises(CheckpointError, match="checkpoint-000005: not a whole checkpoint: its manifest.json"):
-        find_resume(run, "auto")
+        (run / "latest").write_text(content)
+    assert find_resume(run, "auto") == run / "checkpoint-000005"
+    assert f"{run / 'latest'} names {(content or '').strip() or 'nothing'}, which is not there" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "\n"])
-def test_empty_latest_is_an_error_and_no_new_start(run, content):
-    # It is there, so there was a checkpoint: to begin again over it would lose the run.
-    (run / "latest").write_text(content)
-    with pytest.raises(CheckpointError, match="latest is empty.*--resume PATH"):
-        find_resume(run, "auto")
+def test_old_ones_are_removed_but_not_the_best_and_those_kept_for_their_step(tmp_path):
+    def kept(newest: int, **retention: int | bool) -> list[int]:
+        remove_old(tmp_path, tmp_path / f"checkpoint-{newest:06d}", CheckpointConfig(**retention))
+        return [int(path.name[-6:]) for path in existing(tmp_path)]
 
-
-def test_latest_that_names_what_is_gone(run):
-    shutil.rmtree(run / "checkpoint-000005")
-    with pytest.raises(CheckpointError, match="checkpoint-000005: not a whole checkpoint.*No such file"):
-        find_resume(run, "auto")
+    for step in range(1, 11):
+        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+    for step, loss in ((1, 2.0), (3, 1.5), (4, 1.75), (99, 0.1)):  # of step 99 nothing was saved
+        note_best(tmp_path, step, loss)
+    assert json.loads((tmp_path / "best.json").read_text()) == {"checkpoint": "checkpoint-000003", "held_out_loss": 1.5}
+    assert kept(10, keep_last=0) == list(range(1, 11))
+    assert kept(10, keep_last=4, keep_every=5) == [3, 5, 7, 8, 9, 10]
+    assert kept(7, keep_last=1) == [3, 7]  # after a resume from an older one
 
 
 def test_rates_are_those_of_the_configuration_that_resumes(outcome):
@@ -238,7 +269,6 @@ def test_state_of_the_same_samples_is_read(run, state):
         ({"global_batch_size": 16}, ["train.global_batch_size was 8, is 16"]),
         ({"order": "packs"}, ["order of the samples was samples, is packs"]),
         ({"seed": 1, "global_batch_size": 4}, ["run.seed was 42, is 1", "train.global_batch_size was 8, is 4"]),
-        ({"world_size": 7, "zero_stage": 1}, ["number of ranks was", "is 7", "ZeRO stage was", "is 1"]),
     ],
 )
 def test_other_stream_of_samples_is_refused_by_name(run, state, changes, said):

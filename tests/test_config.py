@@ -206,7 +206,7 @@ train: {{max_steps: 5, global_batch_size: 10, micro_batch_size: 4}}
         ("run", {"seed": True}, "run.seed: expected a whole number, found True"),
         ("run", {"seed": None}, "run.seed: expected a whole number, found None"),
         ("run", {"name": 7}, "run.name: expected text, found 7"),
-        ("run", ["name"], "run: expected keys (name, output_dir, seed), found ['name']"),
+        ("run", ["name"], "run: expected keys (name, output_dir, seed, overwrite, hang_seconds), found ['name']"),
         ("freeze", "vision_tower", "freeze: expected a list of text, found 'vision_tower'"),
         ("freeze", [1], "freeze[0]: expected text, found 1"),
         ("optim", {"learning_rate": True}, "optim.learning_rate: expected a number, found True"),

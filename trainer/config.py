@@ -33,6 +33,10 @@ class RunConfig:
     """Folder of checkpoints, curves and the resolved configuration. Default: runs/NAME."""
     seed: int = 42
     """Of the projector's initial weights and the order of the samples."""
+    overwrite: bool = False
+    """With --resume none: remove the checkpoints that are in output_dir, and start anew there."""
+    hang_seconds: int = 1800
+    """A job in which a rank makes no progress for so long is ended, with the stacks of all ranks in output_dir."""
 
 
 @dataclass
@@ -124,6 +128,8 @@ class TrainConfig:
     """Instead of micro_batch_size: put samples of like length together, up to so many tokens with their padding."""
     bf16: bool = True
     """Train in bfloat16 with fp32 master weights; false trains in fp32."""
+    max_skipped_steps: int = 10
+    """Steps in a row without an update, because a loss or gradient is not finite, after which the run stops."""
 
 
 @dataclass
@@ -132,6 +138,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
     """Checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Keep those of every so many steps for good; 0: of none."""
+    keep_best: bool = False
+    """Keep the one with the lowest held-out loss (of those saved at a step that is evaluated); best.json names it."""
 
 
 @dataclass
@@ -345,11 +355,14 @@ def _check_numbers(config: Config) -> list[str]:
     positive = {
         "train.epochs": train.epochs, "train.max_steps": train.max_steps, "data.max_length": config.data.max_length,
         "train.global_batch_size": train.global_batch_size, "train.micro_batch_size": train.micro_batch_size,
-        "checkpoint.save_steps": config.checkpoint.save_steps, "logging.every_steps": config.logging.every_steps,
+        "run.hang_seconds": config.run.hang_seconds,
+        "train.max_skipped_steps": train.max_skipped_steps, "checkpoint.save_steps": config.checkpoint.save_steps,
+        "logging.every_steps": config.logging.every_steps,
     }  # fmt: skip
     errors += [f"{name}: must be at least 1, found {n}" for name, n in positive.items() if n is not None and n < 1]
     not_negative = {
         "data.num_workers": config.data.num_workers, "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
         "eval.every_steps": config.eval.every_steps, "eval.samples": config.eval.samples,
         "optim.learning_rate": optim.learning_rate, "optim.weight_decay": optim.weight_decay,
         "optim.max_grad_norm": optim.max_grad_norm, "optim.projector_learning_rate": optim.projector_learning_rate,

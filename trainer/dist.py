@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
@@ -109,9 +110,17 @@ def barrier() -> None:
     torch.distributed.barrier()
 
 
-def on_main_rank(world: World, task: Callable[[], None]) -> None:
-    """Runs a task on rank 0 while the others wait. If it fails there with a user's error, all ranks raise it."""
-    on_ranks(world.is_main, task)
+def on_main_rank(world: World, task: Callable[[], Any]) -> Any:
+    """Runs a task on rank 0 while the others wait; its result, on all ranks. If it fails there with a user's error, all
+    ranks raise it."""
+    result: list[Any] = [None]
+
+    def run() -> None:
+        result[0] = task()
+
+    on_ranks(world.is_main, run)
+    torch.distributed.broadcast_object_list(result)
+    return result[0]
 
 
 def on_each_host(world: World, task: Callable[[], None]) -> None:
@@ -129,6 +138,20 @@ def on_ranks(chosen: bool, task: Callable[[], None]) -> None:
         except UserError as error:
             failure = error
     raise_together(failure)
+
+
+def gather_lists(own: list[str]) -> list[str]:
+    """The entries of all ranks, rank after rank."""
+    parts: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    return [value for part in parts for value in part]
+
+
+def gather_dicts(own: dict[str, str]) -> dict[str, str]:
+    """The entries of all ranks."""
+    parts: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def raise_together(failure: UserError | None) -> None:

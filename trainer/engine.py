@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trainer import deepspeed_json
 from trainer.config import Config, find_deepspeed
 from trainer.dist import World
+from trainer.engine_files import RecordingCheckpointEngine
 from trainer.errors import ConfigError
 from trainer.optim import build_optimizer, parameter_groups
 
@@ -38,6 +39,7 @@ def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any
     groups = parameter_groups(model, config.optim)
     optimizer = build_optimizer(groups, config.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine.checkpoint_engine = RecordingCheckpointEngine(engine.checkpoint_engine)
     return engine
 
 

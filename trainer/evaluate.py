@@ -11,6 +11,7 @@ from trainer.data.plan import NamedSource, make_stream
 from trainer.data.samples import Batch, Rejected
 from trainer.dist import raise_together, sum_over_ranks
 from trainer.errors import DataError
+from trainer.stopping import Stopped, StopRequest
 
 
 @torch.no_grad()
@@ -21,11 +22,14 @@ def held_out_loss(
     micro_batch_size: int,
     num_workers: int,
     inputs: Callable[[Batch], dict[str, torch.Tensor]],
+    stop: StopRequest,
+    beat: Callable[[Batch], None],
 ) -> tuple[float, list[Rejected]]:
     """Mean cross-entropy of the first `samples` held-out samples (0: all), the same on every rank; and the samples of
     this rank that could not be used. All ranks call this. Raises DataError where nothing could be predicted.
 
-    inputs: moves a batch to the device.
+    inputs: moves a batch to the device. stop: asks for an early end, by the exception Stopped.
+    beat: is told of each batch.
     """
     sizes = [len(shard) for shard in dataset.reader.shards]
     samples = min(samples or sum(sizes), sum(sizes))
@@ -40,9 +44,14 @@ def held_out_loss(
     loader = batches(dataset, micro_batches(stream, geometry, 0, steps), num_workers)
     for _ in range(steps):
         micro, failure = fetch(loader)
-        if sum_over_ranks([float(failure is not None)], engine.device) != [0.0]:
+        failures, stops = sum_over_ranks([float(failure is not None), float(bool(stop))], engine.device)
+        if failures:
             raise_together(failure)
+        if stops:
+            engine.train()
+            raise Stopped
         (batch,) = micro
+        beat(batch)
         loss += engine(**inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=1).loss.item()
         supervised += count_supervised(batch)
         rejected += batch["rejected"]

@@ -78,6 +78,13 @@ class Recorder:
             self._tensorboard.flush()
         log.info("step %d  held-out loss %.4f", step, loss)
 
+    def pause(self, step: int, seconds: float) -> None:
+        """Records how long a save has kept training waiting."""
+        if self.enabled:
+            self._tensorboard.add_scalar("train/save_seconds", seconds, step)
+            self._tensorboard.flush()
+        log.info("step %d  saving took %.1f s", step, seconds)
+
     def __enter__(self) -> "Recorder":
         return self
 

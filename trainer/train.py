@@ -6,6 +6,7 @@ setup(config) -> TrainState -> train(state): fetch, forward, backward, step; now
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -30,9 +31,9 @@ from trainer.data.plan import NamedSource, describe
 from trainer.data.samples import Batch
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.dist import World, log, on_main_rank, raise_together, sum_over_ranks
+from trainer.dist import World, gather_lists, log, on_main_rank, raise_together, sum_over_ranks
 from trainer.engine import build_engine, deepspeed_settings
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, NumbersError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.freeze import freeze, table
 from trainer.ledger import Ledger
@@ -40,6 +41,12 @@ from trainer.load import image_transform, load_model, load_tokenizer
 from trainer.metrics import Recorder
 from trainer.open_data import open_cache, open_on_all_ranks, open_reader, plan
 from trainer.optim import schedule, set_learning_rates
+from trainer.run_lock import RunLock
+from trainer.stopping import Stopped, StopRequest
+from trainer.watchdog import Heartbeat
+
+SAVE_SECONDS = 3600
+"""A save that takes longer hangs."""
 
 
 @dataclass
@@ -63,6 +70,14 @@ class TrainState:
     """Optimizer steps done."""
     skipped_steps: int = 0
     """Steps that changed nothing because a gradient was not finite, since the start or resume."""
+    skipped_in_a_row: int = 0
+    saved_step: int | None = None
+    """Step of the last checkpoint, if this process has seen it saved or loaded."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    lock: RunLock | None = None
+    """Of the run's folder, on rank 0."""
+    beat: Heartbeat = field(init=False)
+    """Of this rank, while it trains."""
     output_dir: Path = field(init=False)
     ledger: Ledger = field(init=False)
 
@@ -110,8 +125,10 @@ def packed_inputs(document_ends: list[int], device: torch.device) -> dict[str, A
     }
 
 
-def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
+def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest | None = None) -> TrainState:
     """Data, model and engine of a configuration, at the step where training goes on. All ranks call this.
+
+    stop: asks training to end early.
 
     What can be wrong is checked before the engine is built. Raises ConfigError, DataError or CheckpointError.
     """
@@ -124,7 +141,10 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
     zero_stage = settings.get("zero_optimization", {}).get("stage", 0)
     output_dir = Path(config.run.output_dir)
     on_main_rank(world, lambda: check_writable(output_dir))
-    resumed_from = checkpoint.find_resume(output_dir, resume)
+    overwrite = config.run.overwrite
+    resumed_from = on_main_rank(world, lambda: checkpoint.find_resume(output_dir, resume, overwrite))
+    if resume == "none" and overwrite:
+        on_main_rank(world, lambda: checkpoint.clear(output_dir))
     data, train = config.data, config.train
     cache = open_cache(data)
     sources, held_out = open_on_all_ranks(data, world, cache)
@@ -158,6 +178,7 @@ def setup(config: Config, world: World, resume: str = "auto") -> TrainState:
         eval_data=ShardDataset(held_out_reader, template, transform, data.max_length) if held_out else None,
         sources=sources, stream=stream, lengths=lengths, geometry=geometry, run=run,
         last_step=train.max_steps or -(-(stream.end or 0) // train.global_batch_size), step=run.step,
+        saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
     )  # fmt: skip
 
 
@@ -186,17 +207,28 @@ def train(state: TrainState, until: int | None = None) -> None:
     loader = batches(state.train_data, order, config.data.num_workers, state.engine.device.type == "cuda")
     name, every = config.run.name, config.logging.every_steps
     state.engine.train()
-    with Recorder(state.output_dir, name, state.step, state.last_step, every, world.is_main) as recorder:
-        while state.step < until:
-            line = train_step(state, loader)
-            if config.logging.sample_keys:
-                on_main_rank(world, partial(add_sample_keys, state, line))
-            recorder.step(line)
-            is_last = state.step == until
-            if is_last or state.step % config.checkpoint.save_steps == 0:
-                save(state)
-            if state.eval_data and is_due(state.step, config.eval.every_steps, is_last):
-                recorder.evaluation(state.step, evaluate(state))
+    with (
+        Heartbeat(state.output_dir / "heartbeat", world.rank, world.world_size, config.run.hang_seconds) as state.beat,
+        Recorder(state.output_dir, name, state.step, state.last_step, every, world.is_main) as recorder,
+    ):
+        try:
+            while state.step < until:
+                line = train_step(state, loader)
+                if config.logging.sample_keys:
+                    on_main_rank(world, partial(add_sample_keys, state, line))
+                recorder.step(line)
+                check_numbers(state)
+                is_last = state.step == until
+                # While steps are skipped, the checkpoint from before the trouble is not to be pushed out.
+                if is_last or (state.step % config.checkpoint.save_steps == 0 and not state.skipped_in_a_row):
+                    save(state, recorder)
+                if state.eval_data and is_due(state.step, config.eval.every_steps, is_last):
+                    evaluate(state, recorder)
+        except Stopped:
+            log.info("asked to stop (%s)", state.stop.signal or "another rank")
+            if state.saved_step != state.step:
+                save(state, recorder)
+            raise
 
 
 def is_due(step: int, every_steps: int, is_last: bool) -> bool:
@@ -207,17 +239,22 @@ def is_due(step: int, every_steps: int, is_last: bool) -> bool:
 def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     """One optimizer step; its loss is the mean over the step's supervised tokens, over all ranks and micro-batches."""
     engine, started = state.engine, time.perf_counter()
-    micro, failure = fetch(loader)
+    state.beat("fetch", state.step + 1)
+    micro, found = fetch(loader)
+    failure = found or (state.lock.failure if state.lock else None)
     data_time = time.perf_counter() - started
     here = [
         sum(map(count_supervised, micro)), sum(b["tokens"] for b in micro),
         sum(len(b["pixel_values"]) for b in micro), sum(b["truncated_samples"] for b in micro),
         sum(b["truncated_tokens"] for b in micro), sum(len(b["rejected"]) for b in micro), failure is not None,
+        bool(state.stop),
     ]  # fmt: skip
     totals = sum_over_ranks(list(map(float, here)), engine.device)
-    supervised, tokens, images, truncated, truncated_tokens, bad, failures = map(int, totals)
+    supervised, tokens, images, truncated, truncated_tokens, bad, failures, stops = map(int, totals)
     if failures:
         raise_together(failure)
+    if stops:
+        raise Stopped
     if bad:
         rejected = [sample for b in micro for sample in b["rejected"]]
         state.ledger.record(state.step + 1, rejected, samples_seen(state, state.step + 1))
@@ -225,21 +262,10 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     seed_step(state.config.run.seed, state.step, state.world.rank)
     factor = schedule(state.step, state.last_step, state.config.optim)
     learning_rate = set_learning_rates(engine.optimizer, factor)
-    loss = 0.0
-    for batch in micro:
-        output = engine(**state.inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=max(1, supervised))
-        loss += output.loss.item()
-        # Micro-batches may differ in number from step to step.
-        engine.set_gradient_accumulation_boundary(batch["is_last"])
-        # The engine will divide by the ranks and, unless told not to, by the accumulation steps: undo the first,
-        # forbid the second, and what is left is the plain sum of the parts of the mean.
-        engine.backward(output.loss * state.world.world_size, scale_wrt_gas=False)
-        engine.step()
+    losses = forward_backward(state, micro, max(1, supervised))
     state.step += 1
-    if not engine.was_step_applied():
-        state.skipped_steps += 1
-        log.warning("step %d was skipped: a gradient is not finite", state.step)
-    (loss,) = sum_over_ranks([loss], engine.device)
+    not_finite = note_skipped(state, micro, losses)
+    (loss,) = sum_over_ranks([sum(losses)], engine.device)
     return {
         "step": state.step,
         **epochs_done(state),
@@ -253,9 +279,55 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
         "truncated_tokens": truncated_tokens,
         "bad_samples": bad,
         "skipped_steps": state.skipped_steps,
+        **({"not_finite": not_finite} if not_finite else {}),
         "step_time": round(time.perf_counter() - started, 4),
         "data_time": round(data_time, 4),
     }
+
+
+def forward_backward(state: TrainState, micro: list[Batch], supervised: int) -> list[float]:
+    """The update of a step, out of its micro-batches; their parts of the loss. Raises Stopped between two of them."""
+    engine, losses = state.engine, []
+    for batch in micro:
+        state.beat("forward and backward", state.step + 1, batch["keys"])
+        output = engine(**state.inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=supervised)
+        losses.append(output.loss.item())
+        # Micro-batches may differ in number from step to step.
+        engine.set_gradient_accumulation_boundary(batch["is_last"])
+        # The engine will divide by the ranks and, unless told not to, by the accumulation steps: undo the first,
+        # forbid the second, and what is left is the plain sum of the parts of the mean.
+        engine.backward(output.loss * state.world.world_size, scale_wrt_gas=False)
+        engine.step()
+        # What is accumulated is thrown away: a resumed run takes the whole step again.
+        if not batch["is_last"] and sum_over_ranks([float(bool(state.stop))], engine.device) != [0.0]:
+            raise Stopped
+    return losses
+
+
+def note_skipped(state: TrainState, micro: list[Batch], losses: list[float]) -> list[str]:
+    """Counts a step that DeepSpeed skipped, on all ranks alike; the keys of its samples whose loss is not finite, or
+    of all where only a gradient is not. Empty if the step was applied."""
+    if state.engine.was_step_applied():
+        state.skipped_in_a_row = 0
+        return []
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    culprits = [key for b, loss in zip(micro, losses, strict=True) if not math.isfinite(loss) for key in b["keys"]]
+    found = gather_lists(culprits) or gather_lists([key for b in micro for key in b["keys"]])
+    log.warning("step %d was skipped: not finite with %s", state.step, ", ".join(found[:16]))
+    return found
+
+
+def check_numbers(state: TrainState) -> None:
+    """Raises NumbersError after too many skipped steps in a row."""
+    if state.skipped_in_a_row >= state.config.train.max_skipped_steps:
+        raise NumbersError(
+            f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, had a loss or gradient that is not "
+            f"finite (train.max_skipped_steps); metrics.jsonl names their samples under not_finite, "
+            f"launch/inspect_step.py shows them. The newest checkpoint is from before: lower the learning rate, or "
+            f"leave out what is wrong, and go on from it",
+            on_all_ranks=True,
+        )
 
 
 def epochs_done(state: TrainState) -> dict[str, Any]:
@@ -283,23 +355,30 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1)
 
 
-def evaluate(state: TrainState) -> float:
-    """The held-out loss now. All ranks call this."""
+def evaluate(state: TrainState, recorder: Recorder) -> None:
+    """Records the held-out loss now. All ranks call this."""
     assert state.eval_data is not None
     config = state.config
     loss, rejected = held_out_loss(
         state.engine, state.eval_data, config.eval.samples, config.train.micro_batch_size, config.data.num_workers,
-        state.inputs,
+        state.inputs, state.stop, lambda batch: state.beat("evaluate", state.step, batch["keys"]),
     )  # fmt: skip
     state.ledger.record_held_out(state.step, rejected)
-    return loss
+    recorder.evaluation(state.step, loss)
+    if config.checkpoint.keep_best and state.world.is_main:
+        checkpoint.note_best(state.output_dir, state.step, loss)
 
 
-def save(state: TrainState) -> None:
+def save(state: TrainState, recorder: Recorder) -> None:
     """A checkpoint of now. All ranks call this."""
+    started = time.perf_counter()
     run = dataclasses.replace(state.run, step=state.step, bad_samples=dict(state.ledger.counts))
-    keep_last = state.config.checkpoint.keep_last
-    checkpoint.save(state.engine, state.output_dir, run, state.tokenizer, state.transform, keep_last)
+    retention = state.config.checkpoint
+    # Longer than any file system is away; gathering and writing beat nowhere.
+    with state.beat.phase("save", limit=max(SAVE_SECONDS, state.config.run.hang_seconds)):
+        checkpoint.save(state.engine, state.output_dir, run, state.tokenizer, state.transform, retention)
+    state.saved_step = state.step
+    recorder.pause(state.step, time.perf_counter() - started)
 
 
 def add_sample_keys(state: TrainState, line: dict) -> None:

@@ -100,6 +100,7 @@ def by_hand(samples: list[dict], template: ChatTemplate) -> Batch:
         tokens=sum(len(ids) for ids, _ in rows),
         truncated_samples=0,
         truncated_tokens=0,
+        keys=[sample["__key__"] for sample in samples],
         rejected=[],
         is_last=True,
     )

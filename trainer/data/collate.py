@@ -8,7 +8,13 @@ from trainer.data.samples import IGNORE_INDEX, Batch, Example, Rejected
 
 
 def collate(
-    rows: list[list[Example]], pad_token_id: int, image_size: int, packed: bool, rejected: list[Rejected], is_last: bool
+    rows: list[list[Example]],
+    pad_token_id: int,
+    image_size: int,
+    packed: bool,
+    keys: list[str],
+    rejected: list[Rejected],
+    is_last: bool,
 ) -> Batch:
     """One micro-batch of rows, each a list of examples: one, several in a pack, or none (a filler).
 
@@ -37,6 +43,7 @@ def collate(
         tokens=sum(len(example.input_ids) for example in examples),
         truncated_samples=sum(example.truncated_tokens > 0 for example in examples),
         truncated_tokens=sum(example.truncated_tokens for example in examples),
+        keys=keys,
         rejected=rejected,
         is_last=is_last,
     )

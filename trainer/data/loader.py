@@ -16,6 +16,7 @@ from trainer.data.samples import Batch, Example, Rejected
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.errors import BadSample, DataError
+from trainer.stopping import ignore_in_worker
 
 PREFETCH_BATCHES = 4
 """Micro-batches each worker keeps ready."""
@@ -53,6 +54,7 @@ class ShardDataset(Dataset):
 
         Empty, and not filled with another sample: so none is seen twice, and the choice needs no memory.
         """
+        keys: list[str] = []
         rejected: list[Rejected] = []
         rows: list[list[Example]] = []
         for row in micro_batch.rows:
@@ -60,11 +62,12 @@ class ShardDataset(Dataset):
             for slot in row:
                 try:
                     rows[-1].append(self.example(slot))
+                    keys.append(self.reader.key(slot))
                 except BadSample as error:
                     shard = self.reader.shards[slot.shard].name
                     rejected.append(Rejected(shard, self.reader.key(slot), error.kind, str(error)))
         pad = self.template.tokenizer.pad_token_id or 0
-        return collate(rows, pad, self.transform.size, self.packed, rejected, micro_batch.is_last)
+        return collate(rows, pad, self.transform.size, self.packed, keys, rejected, micro_batch.is_last)
 
     def __getitems__(self, micro_batch: MicroBatch) -> Batch | DataError:
         try:
@@ -77,8 +80,9 @@ def _finished(batch: Any) -> Any:
     return batch  # `__getitems__` has made the batch already
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    ignore_in_worker()
 
 
 def batches(
@@ -94,7 +98,7 @@ def batches(
         multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=PREFETCH_BATCHES if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
     for batch in loader:
         if isinstance(batch, DataError):

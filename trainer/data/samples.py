@@ -78,6 +78,8 @@ class Batch(TypedDict):
     truncated_samples: int
     """Samples whose text was cut at its end."""
     truncated_tokens: int
+    keys: list[str]
+    """Of the samples in the rows, those left out apart."""
     rejected: list[Rejected]
     """Samples of the rows that are left out, because they could not be used."""
     is_last: bool

@@ -1,0 +1,93 @@
+"""Jobs as a user starts them, to be disturbed: real launcher, real ranks, real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from ranks import free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Job:
+    """`deepspeed launch/train.py` on two ranks, in a session of its own."""
+
+    def __init__(self, config: Path, run: Path, *settings: str, resume: str = "auto"):
+        self.run = run
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        run.mkdir(exist_ok=True)
+        self.log = run.with_suffix(".log")
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()),
+                 "launch/train.py", "--config", str(config), "--resume", resume,
+                 "--set", f"run.output_dir={run}", *settings],
+                cwd=ROOT, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks, without their data workers; empty before they are started."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                words = process.cmdline()
+                if "launch/train.py" in words and any(word.startswith("--local_rank") for word in words):
+                    parent = process.parent()
+                    if parent and not any(word.startswith("--local_rank") for word in parent.cmdline()):
+                        found.append(process)
+            except psutil.Error:
+                continue
+        return sorted(found, key=lambda process: process.cmdline())
+
+    def everyone(self) -> list[psutil.Process]:
+        """All processes of the job: launchers, ranks, data workers."""
+        me = psutil.Process(self.process.pid)
+        return [me, *me.children(recursive=True)]
+
+    def steps(self) -> int:
+        """Steps that metrics.jsonl has."""
+        return len(lines_of(self.run))
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Waits until something is so, or fails with the job's log."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"the job has ended:\n{self.log.read_text()[-3000:]}"
+            assert time.monotonic() < end, f"waited in vain:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.005)
+
+    def end(self, seconds: float = 120) -> int:
+        """The job's exit code, once it and all that it started have ended."""
+        known = self.everyone() if self.process.poll() is None else []
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {seconds} s:\n{self.log.read_text()[-3000:]}") from None
+        _, alive = psutil.wait_procs(known, timeout=30)
+        assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
+        return code
+
+
+def lines_of(run: Path) -> list[dict]:
+    """The whole lines of a run's metrics."""
+    file = run / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def curve(run: Path) -> list[tuple]:
+    """What must be the same, bit for bit, in a run that was disturbed and in one that was not."""
+    return [(line["step"], line["loss"], line["grad_norm"], tuple(line["samples"])) for line in lines_of(run)]
+
+
+def final_weights(run: Path) -> bytes:
+    """The weights that the run's newest checkpoint exports."""
+    return (run / (run / "latest").read_text().strip() / "hf" / "model.safetensors").read_bytes()

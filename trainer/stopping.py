@@ -1,0 +1,47 @@
+"""Asked to stop: a signal sets a flag, all ranks agree on it at the next micro-step, and the run ends with a save.
+
+SIGTERM comes from a preempting scheduler, SIGUSR1 ahead of a time limit, SIGINT from Ctrl-C. Handlers only set the
+flag: the process may be anywhere, in a collective too.
+"""
+
+import signal
+from types import FrameType, TracebackType
+
+EXIT_STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved all: start it again to go on. (EX_TEMPFAIL of sysexits.h)"""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop. As a context it catches the signals; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        """Name of the first that came; empty if none has."""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal = self.signal or signal.Signals(number).name
+
+
+def ignore_in_worker() -> None:
+    """For a data-loading process: those who signal a whole group would end it before the run has saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
