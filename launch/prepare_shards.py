@@ -18,6 +18,7 @@ python launch/prepare_shards.py FORMAT --help lists the options of one.
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ from shard_commands import add_inspection_commands, positive
 
 from trainer.data.parallel import cores
 from trainer.errors import DataError, run_main
+
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 if TYPE_CHECKING:  # the rest is slow to import, so after the command line is known to be good
     from trainer.data.sources.source import Source
@@ -160,7 +164,11 @@ def run_prepare(args: argparse.Namespace) -> None:
         samples_per_shard=args.samples_per_shard,
         skip_bad=args.skip_bad,
     )
-    summary = prepare(task, args.workers)
+    try:
+        summary = prepare(task, args.workers)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on, with the shards in {args.out} as they are", file=sys.stderr)
+        sys.exit(STOPPED)
     left_out = sum(summary.left_out.values())
     print(f"{summary.kept} samples in {summary.shards} shards in {args.out}; left out: {left_out}")
     print(summary.table(), end="")

@@ -201,7 +201,11 @@ def test_the_limit_is_a_share_of_what_was_seen_but_patient_at_the_start(tmp_path
     assert {name for name, said in first.items() if said} == stopped
     head, *table, way_out = first["eleven of the first sixteen"].splitlines()
     assert head == "11 bad samples up to step 5, more than data.max_bad_fraction=0.01 of 1000:"
-    assert [line.split() for line in table] == [["7", "odd"], ["4", "third"]]  # the most frequent first
+    # The most frequent first, each with an example.
+    assert [line.split() for line in table] == [
+        ["7", "odd", "(such", "as:", "reason)"],
+        ["4", "third", "(such", "as:", "reason)"],
+    ]
     assert f"{tmp_path}/eleven of the first sixteen/bad_samples.jsonl names each" in way_out
     assert "raise data.max_bad_fraction" in way_out
     # What is too many is written down all the same, in an order that no rank's share shows in.

@@ -36,6 +36,7 @@ class Ledger:
         self.file = output_dir / FILE
         self.enabled = enabled
         self._held_out: set[tuple[str, str]] = set()
+        self._reasons: dict[str, str] = {}
         if enabled:
             keep_lines(self.file, lambda line: line["step"] <= step)
             self._held_out = {(line["shard"], line["key"]) for line in _lines(self.file) if line.get("held_out")}
@@ -48,6 +49,8 @@ class Ledger:
         found = _gather(rejected)
         self._write({"step": step}, found)
         self.counts.update(entry.kind for entry in found)
+        for entry in found:
+            self._reasons.setdefault(entry.kind, entry.reason)
         bad, seen = self.counts.total(), max(seen, min(ENOUGH_SAMPLES, self.samples))
         log.warning("step %d: left out %d bad sample(s), %d so far, see %s", step, len(found), bad, self.file)
         if bad > self.max_fraction * seen:
@@ -66,8 +69,12 @@ class Ledger:
             log.warning("left out %d bad held-out sample(s), see %s", len(found), self.file)
 
     def table(self) -> str:
-        """Number and kind, most frequent first."""
-        return "\n".join(f"  {count:8}  {kind}" for kind, count in self.counts.most_common())
+        """Number and kind, most frequent first, each with the first reason that this process has seen."""
+        lines = []
+        for kind, count in self.counts.most_common():
+            reason = f" (such as: {self._reasons[kind]})" if kind in self._reasons else ""
+            lines.append(f"  {count:8}  {kind}{reason}")
+        return "\n".join(lines)
 
     def _write(self, head: dict, found: list[Rejected]) -> None:
         if not (self.enabled and found):

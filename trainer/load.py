@@ -56,6 +56,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     Raises ConfigError if the folder has none, or one without the control tokens.
     """
     folder = Path(model.tokenizer or model.language_model or find_export(Path(model.init_from or "")))
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder, where a tokenizer was expected")
     if (folder / VOCABULARY_FILE).is_file():
         try:
             tokenizer = build_tokenizer(folder / VOCABULARY_FILE)

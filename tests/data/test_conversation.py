@@ -178,7 +178,7 @@ def test_an_empty_caption_is_no_answer():
         ({"label": 3}, 0, "no caption or conversation"),
         (llava("Q"), 0, "no answer"),
         (llava("<image>Q", "A"), 2, "images and marks differ in number"),
-        ({"caption": "A cat."}, 0, "images and marks differ in number"),
+        ({"caption": "A cat."}, 0, "caption without a picture"),
     ],
 )
 def test_what_is_wrong_has_a_kind_that_many_samples_share(record, images, kind):

@@ -204,7 +204,7 @@ BAD = {
         {**pair("bad"), "1.png": picture("#123456")}, "images and marks differ in number",
     ),
     "no text": ({"0.png": picture("#123456")}, "no caption or conversation"),
-    "caption without picture": ({"txt": b"A cat."}, "images and marks differ in number"),
+    "caption without picture": ({"txt": b"A cat."}, "caption without a picture"),
     "JSON cut short": ({"0.png": picture("#123456"), "json": pair("bad")["json"][:30]}, "malformed conversation"),
 }  # fmt: skip
 

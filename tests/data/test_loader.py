@@ -285,7 +285,7 @@ BAD = {
     "no conversation": ({"json": {"label": 3}}, "no caption or conversation", r"the fields are \['label'\]"),
     "no text": ({"png": RED}, "no caption or conversation", r"the fields are \[\]"),
     "empty caption": ({"png": RED, "txt": " \n"}, "no answer", "no answer to learn from"),
-    "caption alone": ({"txt": "A cat."}, "images and marks differ in number", "a caption, but no picture"),
+    "caption alone": ({"txt": "A cat."}, "caption without a picture", "a caption, but no picture"),
     "marks": (
         {"png": RED, "json": llava("<image><image>")},
         "images and marks differ in number",
@@ -298,7 +298,7 @@ BAD = {
     ),
     "too many images": (
         {f"{i}.png": RED for i in range(60)} | {"json": llava("<image>" * 60)},
-        "too many images",
+        "images longer than max_length",
         "images reach to token .* beyond data.max_length=200",
     ),
     "long question": ({"json": llava("Why? " * 200)}, "nothing supervised", "no token of an answer is left"),

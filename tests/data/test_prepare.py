@@ -314,9 +314,12 @@ def test_other_options_are_refused_by_name(prepare, images, tmp_path):
     (tmp_path / "other").mkdir()
     assert_one_message(
         prepare(None, "--samples-per-shard", "3", "--images", str(tmp_path / "other")),
-        refused + rf"options was .*{images}.*, and is now .*{tmp_path / 'other'}.*; choose another folder, or remove",
+        refused
+        + rf"options.images was .*{images}.*, and is now .*{tmp_path / 'other'}.*; choose another folder, or remove",
     )
-    assert_one_message(prepare(good(5), "--samples-per-shard", "3"), refused + "source was .*cats.json")
+    assert_one_message(
+        prepare(good(5), "--samples-per-shard", "3"), refused + "source.sha256 was .*; entries was 6, and is now 5;"
+    )
     assert contents(out) == before
 
 

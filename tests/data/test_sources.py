@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_sources import DEEP, bad, entry, picture, pictures, records, texts, write_json
 
-from trainer.data.conversation import MALFORMED, MISCOUNTED
+from trainer.data.conversation import MALFORMED, MISCOUNTED, PICTURELESS
 from trainer.data.index import open_index
 from trainer.data.picture import UNDECODABLE
 from trainer.data.sources.captions import AicSource, CocoSource
@@ -243,7 +243,7 @@ def test_a_line_may_hold_any_text_the_trainer_knows(images):
 BAD_LINES = {
     "empty": ({"image": "a.png", "caption": " "}, NO_CAPTION),
     "a number": ({"image": "a.png", "caption": 7}, NO_CAPTION),
-    "a caption of nothing": ({"text": "Hello"}, MISCOUNTED),
+    "a caption of nothing": ({"text": "Hello"}, PICTURELESS),
     "neither": ({"image": "a.png"}, MALFORMED_ENTRY),
     "messages of parts": (
         {"image": "a.png", "messages": [{"role": "user", "content": [{"type": "image"}]}]},

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny_sources import bad, entry, picture, pictures, records, texts, write_json
 
-from trainer.data.conversation import MALFORMED, MISCOUNTED
+from trainer.data.conversation import MALFORMED, PICTURELESS
 from trainer.data.picture import UNDECODABLE
 from trainer.data.sources.conversations import ConversationSource
 from trainer.data.sources.huggingface import HuggingFaceSource
@@ -254,7 +254,7 @@ def test_bad_rows_have_their_kinds(tmp_path):
     pandas.DataFrame({"image": cells, "text": captions}).to_parquet(tmp_path / "data.parquet")
     source = HuggingFaceSource(str(tmp_path / "data.parquet"))
     kinds = [bad(source, number)[0] for number in range(1, 7)]
-    assert kinds == [MISCOUNTED, UNDECODABLE, OUTSIDE, NO_CAPTION, NO_PICTURE, OUTSIDE]
+    assert kinds == [PICTURELESS, UNDECODABLE, OUTSIDE, NO_CAPTION, NO_PICTURE, OUTSIDE]
     assert bad(source, 2)[1].startswith("row 2: picture 0: the picture cannot be decoded")
 
 

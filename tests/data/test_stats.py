@@ -74,7 +74,7 @@ def test_what_a_run_would_leave_out_is_counted_by_kind(tmp_path, tokenizer):
         "picture cannot be decoded": 1,
         "malformed conversation": 1,
         "no answer": 1,
-        "too many images": 1,
+        "images longer than max_length": 1,
         "nothing supervised": 1,
     }
     assert len(stats.images) == 7

@@ -13,6 +13,7 @@ ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 MALFORMED = "malformed conversation"
+PICTURELESS = "caption without a picture"
 MISCOUNTED = "images and marks differ in number"
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -31,7 +32,7 @@ def parse_conversation(record: Any, images: int, caption_prompt: str) -> list[Tu
         turns = _turns(record["messages"], "messages", "role", "content")
     elif isinstance(record.get("caption"), str):
         if not images:
-            raise BadSample("a caption, but no picture", MISCOUNTED)
+            raise BadSample("a caption, but no picture", PICTURELESS)
         turns = [Turn("user", caption_prompt), Turn("assistant", record["caption"].strip())]
     else:
         raise BadSample(

@@ -196,7 +196,10 @@ def scan(tar: Path) -> ShardIndex:
         raise DataError(f"{tar}: not a readable tar ({error}); make the shard again") from error
     if len(set(keys)) < len(keys):
         twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise DataError(f"{tar}: the members of sample '{twice}' do not stand together; write them one after another")
+        raise DataError(
+            f"{tar}: the members of sample '{twice}' do not stand together; write them one after "
+            f"another (GNU tar does with --sort=name)"
+        )
 
     # By N as a number: writers sort names, and "10.png" comes before "2.png".
     members.sort(key=lambda member: member[:2])

@@ -213,13 +213,25 @@ def _claim(task: Preparation) -> None:
         )
     if stored == manifest:
         return
-    if stored is not None and (tars or any(task.out.glob("*.report.json"))):
-        name = next(name for name in manifest if manifest[name] != stored.get(name))
+    if stored is not None and tars:
+        changed = "; ".join(_changes(stored, manifest))
         raise DataError(
-            f"--out {task.out} holds shards of another preparation: {name} was {json.dumps(stored.get(name))}, and is "
-            f"now {json.dumps(manifest[name])}; choose another folder, or remove this one to start anew"
+            f"--out {task.out} holds shards of another preparation: {changed}; choose another folder, or remove this "
+            f"one to start anew"
         )
+    for report in task.out.glob("*.report.json"):  # of one that kept nothing
+        report.unlink()
     write_whole(file, json.dumps(manifest, indent=1) + "\n")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> Iterator[str]:
+    """What differs between two manifests, value by value."""
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{where}{name}.")
+        elif old != new:
+            yield f"{where}{name} was {json.dumps(old)}, and is now {json.dumps(new)}"
 
 
 def _remove_partial(task: Preparation) -> None:

@@ -89,7 +89,7 @@ class ChatTemplate:
                 raise BadSample(
                     f"its images reach to token {end_of_images}, beyond data.max_length={max_length}, and an image is "
                     f"never cut: raise data.max_length or leave the sample out",
-                    "too many images",
+                    "images longer than max_length",
                 )
             input_ids, labels = input_ids[:max_length], labels[:max_length]
         if all(label == IGNORE_INDEX for label in labels[1:]):

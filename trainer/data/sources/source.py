@@ -1,5 +1,6 @@
 """What every source is, and what all of them need: keys, names of entries, and a source's fingerprint."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +62,10 @@ def entry_name(number: int, name: Any) -> str:
 
 
 def file_fingerprint(file: Path) -> dict[str, Any]:
-    """Path, size and time of change. Raises DataError if there is no such file."""
+    """Path, and hash of the content. Raises DataError if there is no such file."""
     try:
-        stat = file.stat()
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    return {"file": str(file.resolve()), "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+    return {"file": str(file.resolve()), "sha256": digest}
