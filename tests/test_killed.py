@@ -10,6 +10,7 @@ import pytest
 from jobs import Job, curve, final_weights
 
 from trainer.checkpoint import check_whole, existing
+from trainer.watchdog import EXIT_HUNG
 
 pytestmark = pytest.mark.long
 
@@ -83,3 +84,24 @@ def test_a_second_job_on_the_same_folder_is_refused_by_name(tiny_run, tmp_path):
     for rank in first.ranks():
         rank.send_signal(signal.SIGTERM)
     assert first.end() == 75
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_rank_that_stands_still_ends_the_job_and_is_named(tiny_run, tmp_path, stage):
+    settings = [*SETTINGS, f"deepspeed=ds_configs/{stage}.json", "run.hang_seconds=8"]
+    job = Job(tiny_run, tmp_path / "run", *settings, "train.max_steps=400")
+    job.wait_for(lambda: job.steps() >= 2)
+    everyone, (_, second) = job.everyone(), job.ranks()
+    second.suspend()  # SIGSTOP: neither it nor its watchdog moves
+    code = job.process.wait(SECONDS + 30)  # its end by DeepSpeed's launcher takes 30 s, as a stopped process is deaf
+    assert code == EXIT_HUNG, job.log.read_text()[-3000:]
+    _, alive = psutil.wait_procs(everyone, timeout=30)
+    assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
+    said = job.log.read_text()
+    assert "error: the job hangs and is ended. Waited for:" in said
+    assert "  rank 1 (host " in said
+    assert (job.run / "heartbeat" / "rank-0.stacks.txt").stat().st_size > 0
+    # And the run goes on from its last checkpoint.
+    step = max(int(path.name[-6:]) for path in existing(job.run))
+    again = Job(tiny_run, job.run, *settings, f"train.max_steps={step + 2}")
+    assert again.end() == 0, again.log.read_text()[-3000:]

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.config import CheckpointConfig
 from trainer.convert import convert
 from trainer.data.transform import ImageTransform
-from trainer.data.writer import write_whole
+from trainer.data.writer import sync, write_whole
 from trainer.dist import gather_dicts, log, on_ranks, raise_together
 from trainer.engine import full_state_dict
 from trainer.engine_files import file_hash
@@ -103,18 +103,16 @@ def save(
         partial.mkdir()
 
     def finish() -> None:
-        for script in partial.glob("*.py"):
-            script.unlink()  # DeepSpeed's, to convert its files: a checkpoint is data
         export(engine.module, weights, partial / EXPORT, tokenizer, transform)
         _write_json(partial / "state.json", asdict(state))
         for file in [partial / "state.json", *(partial / EXPORT).iterdir()]:
-            _sync(file)
+            sync(file)
             hashes[str(file.relative_to(partial))] = file_hash(file)
         _write_json(
             partial / MANIFEST, {name: [(partial / name).stat().st_size, hashes[name]] for name in sorted(hashes)}
         )
         for path in (partial / MANIFEST, partial / DEEPSPEED, partial / EXPORT, partial):
-            _sync(path)
+            sync(path)
         _announce(partial, final)
         remove_old(output_dir, final, retention)
 
@@ -143,7 +141,11 @@ def _named(final: Path, task: Callable[[], None]) -> None:
 
 
 def _refusal(final: Path, error: Exception) -> CheckpointError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    # PyTorch's writer says where it failed; what the disk said is behind it.
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
     return CheckpointError(
         f"{final}: cannot be saved ({reason}); the checkpoints before it are as they were. Make room, or mend the "
         f"folder, and start again: --resume auto goes on from the last whole one"
@@ -157,7 +159,7 @@ def _announce(partial: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
-    _sync(output_dir)
+    sync(output_dir)
     shutil.rmtree(replaced, ignore_errors=True)
     write_whole(output_dir / LATEST, final.name + "\n")
 
@@ -369,11 +371,3 @@ def export(
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -40,6 +40,8 @@ def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any
     optimizer = build_optimizer(groups, config.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.checkpoint_engine = RecordingCheckpointEngine(engine.checkpoint_engine)
+    # It would put scripts into each checkpoint, which is data, and on a full disk fail on rank 0 alone.
+    engine._copy_recovery_script = lambda _folder: None
     return engine
 
 

@@ -255,9 +255,6 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
         raise_together(failure)
     if stops:
         raise Stopped
-    if bad:
-        rejected = [sample for b in micro for sample in b["rejected"]]
-        state.ledger.record(state.step + 1, rejected, samples_seen(state, state.step + 1))
 
     seed_step(state.config.run.seed, state.step, state.world.rank)
     factor = schedule(state.step, state.last_step, state.config.optim)
@@ -265,6 +262,9 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     losses = forward_backward(state, micro, max(1, supervised))
     state.step += 1
     not_finite = note_skipped(state, micro, losses)
+    if bad:  # now that the step counts: one that was broken off is taken again
+        rejected = [sample for b in micro for sample in b["rejected"]]
+        state.ledger.record(state.step, rejected, samples_seen(state, state.step))
     (loss,) = sum_over_ranks([sum(losses)], engine.device)
     return {
         "step": state.step,

@@ -52,7 +52,7 @@ class ShardFile:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._partial.replace(self.path)
-                sync_folder(self.path.parent)
+                sync(self.path.parent)
         finally:
             self._file.close()
             self._partial.unlink(missing_ok=True)
@@ -110,12 +110,12 @@ def write_whole(file: Path, content: str) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     partial.replace(file)
-    sync_folder(file.parent)
+    sync(file.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on the disk; without it, a rename may not outlive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Puts a file, or the names in a folder, on the disk: without that a rename may not outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
