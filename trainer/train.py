@@ -43,7 +43,7 @@ from trainer.open_data import open_cache, open_on_all_ranks, open_reader, plan
 from trainer.optim import schedule, set_learning_rates
 from trainer.run_lock import RunLock
 from trainer.stopping import Stopped, StopRequest
-from trainer.watchdog import Heartbeat
+from trainer.watchdog import Heartbeat, NoHeartbeat
 
 SAVE_SECONDS = 3600
 """A save that takes longer hangs."""
@@ -76,7 +76,7 @@ class TrainState:
     stop: StopRequest = field(default_factory=StopRequest)
     lock: RunLock | None = None
     """Of the run's folder, on rank 0."""
-    beat: Heartbeat = field(init=False)
+    beat: Heartbeat | NoHeartbeat = field(default_factory=NoHeartbeat)
     """Of this rank, while it trains."""
     output_dir: Path = field(init=False)
     ledger: Ledger = field(init=False)
@@ -223,7 +223,7 @@ def train(state: TrainState, until: int | None = None) -> None:
                 if is_last or (state.step % config.checkpoint.save_steps == 0 and not state.skipped_in_a_row):
                     save(state, recorder)
                 if state.eval_data and is_due(state.step, config.eval.every_steps, is_last):
-                    evaluate(state, recorder)
+                    recorder.evaluation(state.step, evaluate(state))
         except Stopped:
             log.info("asked to stop (%s)", state.stop.signal or "another rank")
             if state.saved_step != state.step:
@@ -355,8 +355,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1)
 
 
-def evaluate(state: TrainState, recorder: Recorder) -> None:
-    """Records the held-out loss now. All ranks call this."""
+def evaluate(state: TrainState) -> float:
+    """The held-out loss now. All ranks call this."""
     assert state.eval_data is not None
     config = state.config
     loss, rejected = held_out_loss(
@@ -364,9 +364,9 @@ def evaluate(state: TrainState, recorder: Recorder) -> None:
         state.inputs, state.stop, lambda batch: state.beat("evaluate", state.step, batch["keys"]),
     )  # fmt: skip
     state.ledger.record_held_out(state.step, rejected)
-    recorder.evaluation(state.step, loss)
     if config.checkpoint.keep_best and state.world.is_main:
         checkpoint.note_best(state.output_dir, state.step, loss)
+    return loss
 
 
 def save(state: TrainState, recorder: Recorder) -> None:

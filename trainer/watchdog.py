@@ -106,10 +106,13 @@ class Heartbeat:
 
     # No file is touched by the thread that decides: a file system that is away is a reason to hang.
     def _watch(self) -> None:
-        seen = self._last
+        seen, armed, ticks = self._last, 0.0, 0
         while not self._end.wait(TICK_SECONDS):
-            later = 1.5 * min(self._limit, 24 * 3600)
-            faulthandler.dump_traceback_later(later, exit=True, file=self._stacks)
+            limit, ticks = min(self._limit, 24 * 3600), ticks + 1
+            # It makes a thread each time, which does not go well with forking data workers: so not at every tick.
+            if limit != armed or ticks * TICK_SECONDS > limit / 10:
+                faulthandler.dump_traceback_later(1.5 * limit, exit=True, file=self._stacks)
+                armed, ticks = limit, 0
             last = self._last
             self._idle, seen = (self._idle + 1 if last is seen else 0), last
             if self._hung is None and self._idle * TICK_SECONDS > self._limit:
@@ -181,6 +184,17 @@ class Heartbeat:
         os.write(self._stacks, printable(head + place, lines=True).encode())
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         return os.pread(self._stacks, os.fstat(self._stacks).st_size - start, start)
+
+
+class NoHeartbeat:
+    """Stands in for `Heartbeat` where nobody watches."""
+
+    def __call__(self, phase: str, step: int, keys: Sequence[str] = ()) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def phase(self, name: str, limit: float = math.inf) -> Iterator[None]:
+        yield
 
 
 def summary(states: dict[int, dict[str, Any]], folder: Path) -> str:

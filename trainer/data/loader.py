@@ -88,7 +88,10 @@ def _start_worker(_worker: int) -> None:
 def batches(
     dataset: ShardDataset, micro_batches: Iterable[MicroBatch], num_workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """The batches of micro-batches, in order, whatever the number of workers. Raises DataError of a damaged shard."""
+    """The batches of micro-batches, in order, whatever the number of workers. Raises DataError of a damaged shard.
+
+    The workers start with this call, so that a caller can have them forked before it starts threads of its own.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=micro_batches,  # type: ignore[arg-type]
@@ -100,7 +103,11 @@ def batches(
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
     )
-    for batch in loader:
+    return _checked(iter(loader))
+
+
+def _checked(found: Iterator[Batch | DataError]) -> Iterator[Batch]:
+    for batch in found:
         if isinstance(batch, DataError):
             raise batch
         yield batch
