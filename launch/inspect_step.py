@@ -28,7 +28,7 @@ def main() -> None:
     from trainer.data.picture import decode
     from trainer.data.template import ChatTemplate
     from trainer.load import IMAGE_PLACEHOLDER, load_tokenizer, model_config
-    from trainer.open_data import open_cache, open_lengths, open_reader, open_sources, open_stream
+    from trainer.open_data import last_step, open_cache, open_lengths, open_reader, open_sources, open_stream
 
     tokenizer = load_tokenizer(config.model)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
@@ -61,9 +61,8 @@ def main() -> None:
             images = input_ids.count(image_token_id) // len(template.image_run)
             answer = " ".join([turn.text for turn in turns if turn.role == "assistant"][-1].split())
             print(f"{head}{len(input_ids):6}  {cut:5}  {learnt:6}  {images:6}  {where}: {printable(answer[:60])}")
-    last_step = config.train.max_steps or -(-(stream.end or 0) // config.train.global_batch_size)
-    if args.step > last_step:
-        print(f"the run ends with step {last_step}: it never comes to this one")
+    if args.step > (last := last_step(config, stream)):
+        print(f"the run ends with step {last}: it never comes to this one")
     if not any(rows):
         print(f"no sample: the run ends after {stream.end} rows")
 

@@ -31,7 +31,7 @@ from trainer.config import CheckpointConfig
 from trainer.convert import convert
 from trainer.data.transform import ImageTransform
 from trainer.data.writer import sync, write_whole
-from trainer.dist import gather_dicts, log, on_ranks, raise_together
+from trainer.dist import gather, log, on_ranks, raise_together
 from trainer.engine import full_state_dict
 from trainer.engine_files import file_hash
 from trainer.errors import CheckpointError
@@ -122,7 +122,8 @@ def save(
     written, failure = engine.checkpoint_engine.take()
     try:
         raise_together(_refusal(final, failure) if failure else None)
-        hashes = gather_dicts({str(file.relative_to(partial)): digest for file, digest in written.items()})
+        own = {str(file.relative_to(partial)): digest for file, digest in written.items()}
+        hashes = {name: digest for of_rank in gather(own) for name, digest in of_rank.items()}
         on_ranks(is_main, lambda: _named(final, finish))
     except CheckpointError:
         if is_main:

@@ -140,34 +140,24 @@ def on_ranks(chosen: bool, task: Callable[[], None]) -> None:
     raise_together(failure)
 
 
-def gather_lists(own: list[str]) -> list[str]:
-    """The entries of all ranks, rank after rank."""
-    parts: list[list[str]] = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
-    return [value for part in parts for value in part]
-
-
-def gather_dicts(own: dict[str, str]) -> dict[str, str]:
-    """The entries of all ranks."""
-    parts: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
-    return {name: value for part in parts for name, value in part.items()}
+def gather(own: Any) -> list[Any]:
+    """The values of all ranks, by rank."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, own)
+    return values
 
 
 def raise_together(failure: UserError | None) -> None:
     """Raises, on all ranks, the error that one of them has met. All ranks call this."""
-    failures: list[UserError | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure)
-    for failure in failures:
-        if failure is not None:
-            failure.on_all_ranks = True
-            raise failure
+    for found in gather(failure):
+        if found is not None:
+            found.on_all_ranks = True
+            raise found
 
 
 def check_same(what: str, value: str) -> None:
     """Raises DataError, naming the ranks, where a value is not the same on all of them. All ranks call this."""
-    values = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    values = gather(value)
     differing = [rank for rank, other in enumerate(values) if other != values[0]]
     if differing:
         ranks = ", ".join(map(str, differing[:8])) + (", ..." if len(differing) > 8 else "")

@@ -9,10 +9,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import torch.distributed
-
 from trainer.data.samples import Rejected
-from trainer.dist import log
+from trainer.dist import gather, log
 from trainer.errors import DataError
 from trainer.metrics import keep_lines
 
@@ -38,8 +36,8 @@ class Ledger:
         self._held_out: set[tuple[str, str]] = set()
         self._reasons: dict[str, str] = {}
         if enabled:
-            keep_lines(self.file, lambda line: line["step"] <= step)
-            self._held_out = {(line["shard"], line["key"]) for line in _lines(self.file) if line.get("held_out")}
+            kept = keep_lines(self.file, lambda line: line["step"] <= step)
+            self._held_out = {(line["shard"], line["key"]) for line in kept if line.get("held_out")}
 
     def record(self, step: int, rejected: list[Rejected], seen: int) -> None:
         """Notes the bad samples of a step on all ranks. All ranks call this, where any of them has one.
@@ -84,13 +82,6 @@ class Ledger:
                 file.write(json.dumps({**head, **dataclasses.asdict(entry)}, ensure_ascii=False) + "\n")
 
 
-def _lines(file: Path) -> list[dict]:
-    # Not `splitlines`: a key may hold what ends a line for Python, but not for JSON.
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.exists() else []
-
-
 def _gather(rejected: list[Rejected]) -> list[Rejected]:
     """Those of all ranks, in an order that does not depend on which rank had which."""
-    parts: list[list[Rejected]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(parts, rejected)
-    return sorted((entry for part in parts for entry in part), key=lambda entry: (entry.shard, entry.key))
+    return sorted((entry for part in gather(rejected) for entry in part), key=lambda entry: (entry.shard, entry.key))

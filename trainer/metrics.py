@@ -102,17 +102,20 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def keep_lines(file: Path, kept: Callable[[dict], bool]) -> None:
-    """Keeps the lines of a JSONL file that are wanted, and drops a last one that a kill cut short."""
+def keep_lines(file: Path, kept: Callable[[dict], bool]) -> list[dict]:
+    """Keeps the lines of a JSONL file that are wanted, and drops a last one that a kill cut short; what is kept."""
     if not file.exists():
-        return
-    lines = []
+        return []
+    lines, entries = [], []
+    # Not `splitlines`: a key may hold what ends a line for Python, but not for JSON.
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            if kept(json.loads(line)):
+            if kept(entry := json.loads(line)):
                 lines.append(line + "\n")
+                entries.append(entry)
         except (ValueError, KeyError, TypeError):
             continue
     partial = file.with_suffix(".partial")
     partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(file)
+    return entries

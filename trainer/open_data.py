@@ -138,6 +138,11 @@ def open_stream(config: Config, sources: list[NamedSource], lengths: Lengths | N
     return stream
 
 
+def last_step(config: Config, stream: Stream) -> int:
+    """The step with which a run ends: that of its last row, or as many as it is given."""
+    return config.train.max_steps or -(-(stream.end or 0) // config.train.global_batch_size)
+
+
 def plan(
     config: Config, world: World, sources: list[NamedSource], reader: ShardReader, template: ChatTemplate
 ) -> tuple[Stream, Lengths | None]:

@@ -31,7 +31,7 @@ from trainer.data.plan import NamedSource, describe
 from trainer.data.samples import Batch
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.dist import World, gather_lists, log, on_main_rank, raise_together, sum_over_ranks
+from trainer.dist import World, gather, log, on_main_rank, raise_together, sum_over_ranks
 from trainer.engine import build_engine, deepspeed_settings
 from trainer.errors import ConfigError, NumbersError
 from trainer.evaluate import count_supervised, held_out_loss
@@ -39,7 +39,7 @@ from trainer.freeze import freeze, table
 from trainer.ledger import Ledger
 from trainer.load import image_transform, load_model, load_tokenizer
 from trainer.metrics import Recorder
-from trainer.open_data import open_cache, open_on_all_ranks, open_reader, plan
+from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.optim import schedule, set_learning_rates
 from trainer.run_lock import RunLock
 from trainer.stopping import Stopped, StopRequest
@@ -177,7 +177,7 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
         train_data=ShardDataset(reader, template, transform, data.max_length, data.packing),
         eval_data=ShardDataset(held_out_reader, template, transform, data.max_length) if held_out else None,
         sources=sources, stream=stream, lengths=lengths, geometry=geometry, run=run,
-        last_step=train.max_steps or -(-(stream.end or 0) // train.global_batch_size), step=run.step,
+        last_step=last_step(config, stream), step=run.step,
         saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
     )  # fmt: skip
 
@@ -312,8 +312,9 @@ def note_skipped(state: TrainState, micro: list[Batch], losses: list[float]) -> 
         return []
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
-    culprits = [key for b, loss in zip(micro, losses, strict=True) if not math.isfinite(loss) for key in b["keys"]]
-    found = gather_lists(culprits) or gather_lists([key for b in micro for key in b["keys"]])
+    keys = [(key, math.isfinite(loss)) for b, loss in zip(micro, losses, strict=True) for key in b["keys"]]
+    keys = [entry for of_rank in gather(keys) for entry in of_rank]
+    found = [key for key, is_finite in keys if not is_finite] or [key for key, _ in keys]
     log.warning("step %d was skipped: not finite with %s", state.step, ", ".join(found[:16]))
     return found
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from pairs import members_of, write_tar
 
 from trainer.data.index import ShardIndex, open_index
 from trainer.data.writer import ShardWriter
@@ -35,19 +36,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     """The folder for indexes that cannot lie beside their tar, kept away from the user's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def write_tar(file: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(file, "w", format=form) as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return file
-
-
-def members_of(samples: dict[str, dict[str, bytes]]) -> list[tuple[str, bytes]]:
-    return [(f"{key}.{extension}", content) for key, parts in samples.items() for extension, content in parts.items()]
 
 
 def a_tar(folder: Path) -> Path:

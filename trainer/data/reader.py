@@ -12,7 +12,7 @@ from trainer.data.index import MAX_MEMBER_BYTES, Shard, ShardIndex
 from trainer.data.order import SHARDS_PER_WINDOW, Slot
 from trainer.data.remote import ShardCache
 from trainer.data.remote_index import open_any, open_copy
-from trainer.data.samples import Sample, Turn
+from trainer.data.samples import Turn
 from trainer.errors import BadSample, DataError
 
 OPEN_SHARDS = 2 * SHARDS_PER_WINDOW
@@ -47,10 +47,6 @@ class ShardReader:
     def key(self, slot: Slot) -> str:
         """From the index alone: the shard need not be here."""
         return self._index(slot.shard).key(slot.sample)
-
-    def sample(self, slot: Slot) -> Sample:
-        """The whole sample of a slot."""
-        return Sample(self.key(slot), self.images(slot), self.conversation(slot))
 
     def images(self, slot: Slot) -> list[bytes]:
         """Encoded pictures of a slot, in the order of their marks."""

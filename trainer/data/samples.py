@@ -1,7 +1,7 @@
 """What travels through the data pipeline. Read this first.
 
-    tar members -> Sample -> Example -> Batch -> model
-                     `---> Rejected -> ledger
+    tar members -> Turns and pictures -> Example -> Batch -> model
+                                `---> Rejected -> ledger
 
 B rows of a batch, T tokens of its longest row, N images of the batch, H x W pixels.
 """
@@ -24,16 +24,6 @@ class Turn:
 
     role: str
     text: str
-
-
-@dataclass
-class Sample:
-    """What a shard holds under one key."""
-
-    key: str
-    images: list[bytes]
-    """Encoded pictures, in the order of their marks."""
-    conversation: list[Turn]
 
 
 @dataclass
