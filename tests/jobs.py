@@ -88,6 +88,7 @@ def curve(run: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"], tuple(line["samples"])) for line in lines_of(run)]
 
 
-def final_weights(run: Path) -> bytes:
-    """The weights that the run's newest checkpoint exports."""
-    return (run / (run / "latest").read_text().strip() / "hf" / "model.safetensors").read_bytes()
+def final_weights(run: Path) -> dict[str, bytes]:
+    """The weights that the run's newest checkpoint exports: the bytes of its files."""
+    export = run / (run / "latest").read_text().strip() / "hf"
+    return {file.name: file.read_bytes() for file in export.glob("*.safetensors")}

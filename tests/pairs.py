@@ -14,7 +14,7 @@ from PIL import Image
 
 from trainer.config import DataConfig, ShardsConfig
 from trainer.data.index import open_index
-from trainer.data.loader import ShardDataset, batches
+from trainer.data.loader import BatchLoader, ShardDataset
 from trainer.data.order import MicroBatch, Order, Slot, Source, Stream
 from trainer.data.reader import ShardReader
 from trainer.data.samples import Batch
@@ -138,7 +138,7 @@ def read(dataset: ShardDataset) -> tuple[list[str], list[tuple[str, str]]]:
     ]  # fmt: skip
     keys: list[str] = []
     rejected: list[tuple[str, str]] = []
-    for batch in batches(dataset, [MicroBatch([row], is_last=True) for row in rows], num_workers=1):
+    for batch in BatchLoader(dataset, [MicroBatch([row], is_last=True) for row in rows], num_workers=1):
         keys += [document.key for document in documents(batch, dataset.template)]
         rejected += [(entry.key, entry.kind) for entry in batch["rejected"]]
     return keys, rejected

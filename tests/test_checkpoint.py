@@ -11,9 +11,10 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from trainer.checkpoint import RunState, clear, existing, find_resume, note_best, read_state, remove_old
+from trainer.checkpoint import FORMAT, RunState, clear, existing, find_resume, read_state
 from trainer.config import CheckpointConfig, Config
 from trainer.errors import CheckpointError
+from trainer.saving import note_best, remove_old
 
 
 class Planted:
@@ -124,7 +125,12 @@ def test_checkpoint_holds_what_its_manifest_lists(run):
     files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     expected = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     assert manifest == {name: entry for name, entry in expected.items() if name != "manifest.json"}
-    assert {"state.json", "hf/config.json", "hf/model.safetensors"} < manifest.keys()
+    assert {
+        "state.json",
+        "hf/config.json",
+        "hf/model-frozen.safetensors",
+        "hf/model-trained.safetensors",
+    } < manifest.keys()
     assert any(name.startswith("deepspeed/") for name in manifest)
     assert not any("half" in name for name in files)
 
@@ -173,17 +179,17 @@ def test_path_names_a_checkpoint_of_any_run(run, tmp_path):
 
 def damage(folder: Path, how: str) -> str:
     """Damages a checkpoint; what is to be said of it."""
-    weights, manifest = folder / "hf" / "model.safetensors", folder / "manifest.json"
+    weights, manifest = folder / "hf" / "model-trained.safetensors", folder / "manifest.json"
     size = weights.stat().st_size
     if how == "cut":
         with weights.open("r+b") as content:
             content.truncate(size - 1)
-        return f"not whole: hf/model.safetensors should have {size} bytes, found {size - 1} bytes"
+        return f"not whole: hf/model-trained.safetensors should have {size} bytes, found {size - 1} bytes"
     if how == "flipped bit":
         content = bytearray(weights.read_bytes())
         content[-9] ^= 4
         weights.write_bytes(content)
-        return "not whole: hf/model.safetensors has other bytes than were written"
+        return "not whole: hf/model-trained.safetensors has other bytes than were written"
     if how == "missing":
         (folder / "state.json").unlink()
         return "not whole: state.json should have"
@@ -315,9 +321,11 @@ def test_a_changed_shard_is_named_though_another_has_its_name(run, state):
 def test_checkpoint_of_another_format_is_named_as_such(run, state):
     # One of the first format, which lacked some of today's fields, and one of a later format.
     path = run / "checkpoint-000005"
-    for content in ({"format": 1, "step": 5}, {**asdict(state), "format": 3}):
+    for content in ({"format": 1, "step": 5}, {**asdict(state), "format": FORMAT + 1}):
         (path / "state.json").write_text(json.dumps(content))
-        with pytest.raises(CheckpointError, match=f"of format {content['format']}, and this version reads 2") as raised:
+        with pytest.raises(
+            CheckpointError, match=f"of format {content['format']}, and this version reads {FORMAT}"
+        ) as raised:
             read_state(path, state)
         assert f"model.init_from={path}" in str(raised.value)  # the way out
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from trainer.checkpoint import check_whole, find_resume
+from trainer.checkpoint import find_resume
 from trainer.config import Config
 from trainer.errors import CheckpointError
+from trainer.manifest import check_whole
 
 STAGES = ["zero2", "zero3"]
 

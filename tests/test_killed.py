@@ -9,7 +9,8 @@ import psutil
 import pytest
 from jobs import Job, curve, final_weights
 
-from trainer.checkpoint import check_whole, existing
+from trainer.checkpoint import existing
+from trainer.manifest import check_whole
 from trainer.watchdog import EXIT_HUNG
 
 pytestmark = pytest.mark.long

@@ -68,7 +68,7 @@ def lines(world, config_file: str, settings: list[str]) -> tuple[list[dict], flo
 
     state = setup(Config.load(config_file, settings, world.world_size), world, "none")
     train(state)
-    held_out = evaluate(state) if state.eval_data else None
+    held_out = evaluate(state)[0] if state.eval_data else None
     state.engine.destroy()
     text = Path(state.output_dir, "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()], held_out

@@ -44,6 +44,13 @@ def straight_and_resumed(world, config_file: str, out: str, stage: str, changes:
     run(world, config_file, f"{out}/resumed", stage, changes, "auto")
 
 
+def exported(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint's export."""
+    return {
+        name: tensor for file in (checkpoint / "hf").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+
+
 def lines(folder: Path) -> list[dict]:
     ignored = ("step_time", "data_time")
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -74,11 +81,11 @@ def test_resumed_run_equals_the_straight_one_bitwise(tiny_run, tmp_path, stage, 
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert [line["step"] for line in lines(straight)] == list(range(1, 21))
     assert lines(resumed) == lines(straight)
-    weights = [load_file(run / "checkpoint-000020" / "hf" / "model.safetensors") for run in (straight, resumed)]
+    weights = [exported(run / "checkpoint-000020") for run in (straight, resumed)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
-    before = load_file(straight / "checkpoint-000010" / "hf" / "model.safetensors")
+    before = exported(straight / "checkpoint-000010")
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, weights[0][name])}
     # What trains has moved between steps 10 and 20, the frozen tower has not.
     assert any(name.startswith("language_model.") for name in changed)

@@ -7,7 +7,7 @@ import pytest
 from conftest import write_tiny_shards
 from jobs import Job, curve, final_weights
 
-from trainer.checkpoint import check_whole
+from trainer.manifest import check_whole
 from trainer.stopping import EXIT_STOPPED
 
 pytestmark = pytest.mark.long

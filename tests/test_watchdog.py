@@ -128,6 +128,25 @@ def test_rank_stuck_where_no_thread_runs_leaves_too(tmp_path, ranks):
     assert "in _hold_the_interpreter" in (tmp_path / "rank-1.stacks.txt").read_text()
 
 
+def _stop_at_once_in_a_save(rank: int, folder: Path) -> None:
+    with Heartbeat(folder, rank, 2, LIMIT, start="this job") as beat, beat.phase("save", limit=1000):
+        (folder / f"saving-{rank}").write_text(str(os.getpid()))
+        while not (folder / f"saving-{1 - rank}").exists():
+            time.sleep(0.001)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)  # before its file was written a second time
+        time.sleep(1000)
+
+
+def test_rank_that_stops_within_its_first_second_is_named(tmp_path, ranks):
+    first, second = ranks(_stop_at_once_in_a_save)
+    first.join(timeout=30)
+    assert first.exitcode == EXIT_HUNG
+    assert second.is_alive()
+    assert "rank 1 (host" in said(tmp_path)
+    assert "did not answer" in said(tmp_path)
+
+
 def _slow(rank: int, folder: Path) -> None:
     with Heartbeat(folder, rank, 2, 1.0) as beat:
         for step in range(3):

@@ -128,8 +128,12 @@ class TrainConfig:
     """Instead of micro_batch_size: put samples of like length together, up to so many tokens with their padding."""
     bf16: bool = True
     """Train in bfloat16 with fp32 master weights; false trains in fp32."""
+    max_loss_ratio: float | None = None
+    """Skip a step whose loss is more than so many times the median of the last 64; without it, none is skipped for
+    its loss."""
     max_skipped_steps: int = 10
-    """Steps in a row without an update, because a loss or gradient is not finite, after which the run stops."""
+    """Steps in a row without an update, because a loss or gradient is not finite or the loss too high, after which the
+    run stops."""
 
 
 @dataclass
@@ -150,6 +154,10 @@ class EvalConfig:
     """Steps between held-out losses; also after the last step. 0: never."""
     samples: int = 512
     """Held-out samples used, the first of the sources; 0 takes all."""
+    answers: int = 0
+    """Of the held-out samples, the first so many are answered at each evaluation: text and pictures in TensorBoard."""
+    max_new_tokens: int = 64
+    """Tokens of such an answer at most."""
 
 
 @dataclass
@@ -357,19 +365,22 @@ def _check_numbers(config: Config) -> list[str]:
         "train.global_batch_size": train.global_batch_size, "train.micro_batch_size": train.micro_batch_size,
         "run.hang_seconds": config.run.hang_seconds,
         "train.max_skipped_steps": train.max_skipped_steps, "checkpoint.save_steps": config.checkpoint.save_steps,
-        "logging.every_steps": config.logging.every_steps,
+        "logging.every_steps": config.logging.every_steps, "eval.max_new_tokens": config.eval.max_new_tokens,
     }  # fmt: skip
     errors += [f"{name}: must be at least 1, found {n}" for name, n in positive.items() if n is not None and n < 1]
     not_negative = {
         "data.num_workers": config.data.num_workers, "checkpoint.keep_last": config.checkpoint.keep_last,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "eval.every_steps": config.eval.every_steps, "eval.samples": config.eval.samples,
+        "eval.answers": config.eval.answers,
         "optim.learning_rate": optim.learning_rate, "optim.weight_decay": optim.weight_decay,
         "optim.max_grad_norm": optim.max_grad_norm, "optim.projector_learning_rate": optim.projector_learning_rate,
     }  # fmt: skip
     errors += [
         f"{name}: must not be negative, found {n}" for name, n in not_negative.items() if n is not None and n < 0
     ]
+    if train.max_loss_ratio is not None and train.max_loss_ratio <= 1:
+        errors.append(f"train.max_loss_ratio: must be above 1, found {train.max_loss_ratio}; null for none")
     if not 0 <= optim.warmup_ratio <= 1:
         errors.append(f"optim.warmup_ratio: must be between 0 and 1, found {optim.warmup_ratio}")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

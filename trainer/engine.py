@@ -45,13 +45,16 @@ def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any
     return engine
 
 
-def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """All weights, whole, on the CPU: on rank 0, elsewhere an empty dict. Every rank must call this.
+def full_weights(engine: deepspeed.DeepSpeedEngine, trained: bool) -> dict[str, torch.Tensor]:
+    """The weights that are trained, or those that are frozen, whole, on the CPU: on rank 0, elsewhere an empty dict.
+    Every rank must call this.
 
     Raises RuntimeError if a tensor is not of its parameter's shape.
     """
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad != trained:
+            continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if engine.global_rank == 0:

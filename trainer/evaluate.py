@@ -1,11 +1,12 @@
 """The held-out loss: the mean over all supervised tokens of the same samples, whatever the number of ranks."""
 
 from collections.abc import Callable
+from contextlib import closing
 
 import deepspeed
 import torch
 
-from trainer.data.loader import ShardDataset, batches, fetch
+from trainer.data.loader import BatchLoader, ShardDataset, fetch
 from trainer.data.order import Geometry, micro_batches
 from trainer.data.plan import NamedSource, make_stream
 from trainer.data.samples import Batch, Rejected
@@ -41,21 +42,22 @@ def held_out_loss(
     loss, supervised = 0.0, 0
     rejected: list[Rejected] = []
     engine.eval()
-    loader = batches(dataset, micro_batches(stream, geometry, 0, steps), num_workers)
-    for _ in range(steps):
-        micro, failure = fetch(loader)
-        failures, stops = sum_over_ranks([float(failure is not None), float(bool(stop))], engine.device)
-        if failures:
-            raise_together(failure)
-        if stops:
-            engine.train()
-            raise Stopped
-        (batch,) = micro
-        beat(batch)
-        loss += engine(**inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=1).loss.item()
-        supervised += count_supervised(batch)
-        rejected += batch["rejected"]
-    engine.train()
+    try:
+        with closing(BatchLoader(dataset, micro_batches(stream, geometry, 0, steps), num_workers)) as loader:
+            for _ in range(steps):
+                micro, failure = fetch(loader)
+                failures, stops = sum_over_ranks([float(failure is not None), float(bool(stop))], engine.device)
+                if failures:
+                    raise_together(failure)
+                if stops:
+                    raise Stopped
+                (batch,) = micro
+                beat(batch)
+                loss += engine(**inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=1).loss.item()
+                supervised += count_supervised(batch)
+                rejected += batch["rejected"]
+    finally:
+        engine.train()
     total, tokens = sum_over_ranks([loss, supervised], engine.device)
     if not tokens:
         raise DataError(

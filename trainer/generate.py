@@ -1,10 +1,11 @@
 """Answers of an exported model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.data.samples import IMAGE_MARK, Turn
 from trainer.data.template import ChatTemplate
@@ -36,14 +37,33 @@ class Generator:
             turns = [Turn("user", question if IMAGE_MARK in question else f"{IMAGE_MARK}\n{question}")]
             if system_prompt:
                 turns.insert(0, Turn("system", system_prompt))
-            prompts.append(torch.tensor(self.template.prompt(turns)))
-        rows = torch.nn.utils.rnn.pad_sequence(prompts, True, self.tokenizer.pad_token_id, "left")
-        ones = [torch.ones_like(prompt) for prompt in prompts]
-        mask = torch.nn.utils.rnn.pad_sequence(ones, True, 0, "left")
-        pixels = torch.stack([self.transform(image) for image in images]).to(self.device)
-        output = self.model.generate(
-            rows.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, do_sample=False,
-            pixel_values=self.transform.normalize(pixels, self.model.dtype),
-        )  # fmt: skip
-        new_tokens = output[:, rows.shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+            prompts.append(self.template.prompt(turns))
+        pixels = torch.stack([self.transform(image) for image in images])
+        return generate(
+            self.model, self.device, self.tokenizer, self.transform, prompts, pixels, max_new_tokens=max_new_tokens
+        )
+
+
+def generate(
+    model: MQWenForConditionalGeneration,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase,
+    transform: ImageTransform,
+    prompts: list[list[int]],
+    pixel_values: torch.Tensor,
+    **settings: Any,
+) -> list[str]:
+    """Greedy answers to prompts of different lengths.
+
+    prompts: token ids. pixel_values: (N, 3, H, W) uint8, all their pictures in reading order. settings: further
+    arguments of Transformers' `generate`.
+    """
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.pad_token_id, "left")
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+    output = model.generate(
+        input_ids.to(device), attention_mask=mask.to(device), do_sample=False,
+        pixel_values=transform.normalize(pixel_values.to(device), model.dtype), **settings,
+    )  # fmt: skip
+    new_tokens = output[:, input_ids.shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]

@@ -4,6 +4,7 @@ Rank 0 alone writes. metrics.jsonl has a line for every optimizer step; on resum
 checkpoint are dropped, so no step appears twice.
 """
 
+import html
 import json
 import math
 import resource
@@ -16,6 +17,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from trainer.answers import Question
 from trainer.dist import log
 
 GIB = 2**30
@@ -78,6 +80,19 @@ class Recorder:
             self._tensorboard.flush()
         log.info("step %d  held-out loss %.4f", step, loss)
 
+    def answers(self, step: int, answered: list[tuple[Question, str]]) -> None:
+        """Records what the model answers to held-out samples: a table, and the pictures in its order."""
+        if not self.enabled or not answered:
+            return
+        rows = [("sample", "question", "expected", "answer"), ("---",) * 4]
+        rows += [(q.key, q.text, q.expected, answer) for q, answer in answered]
+        table = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+        self._tensorboard.add_text("eval/answers", table, step)
+        pictures = [question.pixel_values for question, _ in answered if len(question.pixel_values)]
+        if pictures:
+            self._tensorboard.add_images("eval/pictures", torch.cat(pictures), step)
+        self._tensorboard.flush()
+
     def pause(self, step: int, seconds: float) -> None:
         """Records how long a save has kept training waiting."""
         if self.enabled:
@@ -93,6 +108,11 @@ class Recorder:
             self._bar.close()
             self._tensorboard.close()
             self._file.close()
+
+
+def _cell(text: str) -> str:
+    """Someone's text as a cell of a Markdown table, and nothing else."""
+    return html.escape(" ".join(text.split())).replace("|", "&#124;")
 
 
 def peak_memory() -> int:

@@ -9,7 +9,9 @@ import json
 import math
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -23,9 +25,10 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from trainer import checkpoint
+from trainer.answers import Question, held_out_answers
 from trainer.config import Config
 from trainer.data.lengths import Lengths
-from trainer.data.loader import ShardDataset, batches, fetch
+from trainer.data.loader import BatchLoader, ShardDataset, fetch
 from trainer.data.order import Geometry, Slot, Stream, global_batch, micro_batches
 from trainer.data.plan import NamedSource, describe
 from trainer.data.samples import Batch
@@ -33,15 +36,17 @@ from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.dist import World, gather, log, on_main_rank, raise_together, sum_over_ranks
 from trainer.engine import build_engine, deepspeed_settings
-from trainer.errors import ConfigError, NumbersError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.freeze import freeze, table
+from trainer.guard import StepGuard
 from trainer.ledger import Ledger
 from trainer.load import image_transform, load_model, load_tokenizer
 from trainer.metrics import Recorder
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.optim import schedule, set_learning_rates
 from trainer.run_lock import RunLock
+from trainer.saving import Saver, note_best
 from trainer.stopping import Stopped, StopRequest
 from trainer.watchdog import Heartbeat, NoHeartbeat
 
@@ -65,12 +70,10 @@ class TrainState:
     lengths: Lengths | None
     geometry: Geometry
     run: checkpoint.RunState
+    saver: Saver
     last_step: int
     step: int = 0
     """Optimizer steps done."""
-    skipped_steps: int = 0
-    """Steps that changed nothing because a gradient was not finite, since the start or resume."""
-    skipped_in_a_row: int = 0
     saved_step: int | None = None
     """Step of the last checkpoint, if this process has seen it saved or loaded."""
     stop: StopRequest = field(default_factory=StopRequest)
@@ -80,6 +83,7 @@ class TrainState:
     """Of this rank, while it trains."""
     output_dir: Path = field(init=False)
     ledger: Ledger = field(init=False)
+    guard: StepGuard = field(init=False)
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.config.run.output_dir)
@@ -87,6 +91,8 @@ class TrainState:
             self.output_dir, self.step, self.run.bad_samples, self.config.data.max_bad_fraction,
             sum(map(len, self.train_data.reader.shards)), self.world.is_main,
         )  # fmt: skip
+        train = self.config.train
+        self.guard = StepGuard(train.max_loss_ratio, train.max_skipped_steps, self.run.recent_losses)
 
     @property
     def epochs(self) -> list[float]:
@@ -165,6 +171,7 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
         order=describe(sources, lengths if data.packing else None, data.max_length),
         shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
         world_size=world.world_size, zero_stage=zero_stage,
+        frozen_from=config.model.init_from or f"{config.model.language_model} and {config.model.vision_tower}",
     )  # fmt: skip
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
 
@@ -172,13 +179,16 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
+    saver = Saver(
+        engine, world, output_dir, config.checkpoint, tokenizer, transform, resumed_from, resumed_fingerprint=run.frozen
+    )
     return TrainState(
         config=config, world=world, engine=engine, tokenizer=tokenizer, transform=transform,
         train_data=ShardDataset(reader, template, transform, data.max_length, data.packing),
         eval_data=ShardDataset(held_out_reader, template, transform, data.max_length) if held_out else None,
-        sources=sources, stream=stream, lengths=lengths, geometry=geometry, run=run,
-        last_step=last_step(config, stream), step=run.step,
-        saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
+        sources=sources, stream=stream, lengths=lengths, geometry=geometry, saver=saver,
+        run=dataclasses.replace(run, frozen=saver.frozen.fingerprint), last_step=last_step(config, stream),
+        step=run.step, saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
     )  # fmt: skip
 
 
@@ -204,31 +214,43 @@ def train(state: TrainState, until: int | None = None) -> None:
         (state.output_dir / "config.yaml").write_text(resolved, encoding="utf-8")
         (state.output_dir / "deepspeed.json").write_text(json.dumps(state.engine.config, indent=1, default=str) + "\n")
     order = micro_batches(state.stream, state.geometry, state.step, until, state.row_length)
-    loader = batches(state.train_data, order, config.data.num_workers, state.engine.device.type == "cuda")
     name, every = config.run.name, config.logging.every_steps
+    start = on_main_rank(world, lambda: uuid.uuid4().hex)
     state.engine.train()
     with (
-        Heartbeat(state.output_dir / "heartbeat", world.rank, world.world_size, config.run.hang_seconds) as state.beat,
+        # The workers are forked before anything starts threads.
+        closing(BatchLoader(state.train_data, order, config.data.num_workers, world.device.type == "cuda")) as loader,
+        Heartbeat(
+            state.output_dir / "heartbeat", world.rank, world.world_size, config.run.hang_seconds, start
+        ) as state.beat,
         Recorder(state.output_dir, name, state.step, state.last_step, every, world.is_main) as recorder,
     ):
         try:
+            if state.run.evaluation_due and state.eval_data:
+                evaluate_and_record(state, recorder)
             while state.step < until:
                 line = train_step(state, loader)
                 if config.logging.sample_keys:
                     on_main_rank(world, partial(add_sample_keys, state, line))
                 recorder.step(line)
-                check_numbers(state)
+                state.guard.check(state.step)
                 is_last = state.step == until
                 # While steps are skipped, the checkpoint from before the trouble is not to be pushed out.
-                if is_last or (state.step % config.checkpoint.save_steps == 0 and not state.skipped_in_a_row):
+                if is_last or (state.step % config.checkpoint.save_steps == 0 and not state.guard.skipped_in_a_row):
                     save(state, recorder)
                 if state.eval_data and is_due(state.step, config.eval.every_steps, is_last):
-                    recorder.evaluation(state.step, evaluate(state))
+                    evaluate_and_record(state, recorder)
+            with saving(state):
+                state.saver.wait()
         except Stopped:
             log.info("asked to stop (%s)", state.stop.signal or "another rank")
-            if state.saved_step != state.step:
+            if state.saved_step != state.step or state.run.evaluation_due:
                 save(state, recorder)
+            with saving(state):
+                state.saver.wait()
             raise
+        finally:
+            state.saver.join()
 
 
 def is_due(step: int, every_steps: int, is_last: bool) -> bool:
@@ -241,36 +263,38 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     engine, started = state.engine, time.perf_counter()
     state.beat("fetch", state.step + 1)
     micro, found = fetch(loader)
-    failure = found or (state.lock.failure if state.lock else None)
+    failure = found or (state.lock.failure if state.lock else None) or state.saver.failure
     data_time = time.perf_counter() - started
     here = [
         sum(map(count_supervised, micro)), sum(b["tokens"] for b in micro),
         sum(len(b["pixel_values"]) for b in micro), sum(b["truncated_samples"] for b in micro),
         sum(b["truncated_tokens"] for b in micro), sum(len(b["rejected"]) for b in micro), failure is not None,
-        bool(state.stop),
+        bool(state.stop), len(micro), len(micro) ** 2,
     ]  # fmt: skip
     totals = sum_over_ranks(list(map(float, here)), engine.device)
-    supervised, tokens, images, truncated, truncated_tokens, bad, failures, stops = map(int, totals)
+    supervised, tokens, images, truncated, truncated_tokens, bad, failures, stops, batches, squares = map(int, totals)
     if failures:
         raise_together(failure)
+    if squares * state.world.world_size != batches**2:  # equal only where all have as many
+        raise uneven(state.step + 1, gather((len(micro), [key for b in micro for key in b["keys"]])))
     if stops:
         raise Stopped
 
     seed_step(state.config.run.seed, state.step, state.world.rank)
     factor = schedule(state.step, state.last_step, state.config.optim)
     learning_rate = set_learning_rates(engine.optimizer, factor)
-    losses = forward_backward(state, micro, max(1, supervised))
+    loss, losses = forward_backward(state, micro, max(1, supervised))
     state.step += 1
-    not_finite = note_skipped(state, micro, losses)
+    applied = engine.was_step_applied()
+    trouble = state.guard.note(state.step, applied, loss, micro, losses)
     if bad:  # now that the step counts: one that was broken off is taken again
         rejected = [sample for b in micro for sample in b["rejected"]]
         state.ledger.record(state.step, rejected, samples_seen(state, state.step))
-    (loss,) = sum_over_ranks([sum(losses)], engine.device)
     return {
         "step": state.step,
         **epochs_done(state),
         "loss": loss,
-        "grad_norm": float(engine.get_global_grad_norm() or 0.0) if engine.was_step_applied() else None,
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0) if applied else None,
         "learning_rate": learning_rate,
         "supervised_tokens": supervised,
         "tokens": tokens,
@@ -278,57 +302,51 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
         "truncated_samples": truncated,
         "truncated_tokens": truncated_tokens,
         "bad_samples": bad,
-        "skipped_steps": state.skipped_steps,
-        **({"not_finite": not_finite} if not_finite else {}),
+        "skipped_steps": state.guard.skipped,
+        **trouble,
         "step_time": round(time.perf_counter() - started, 4),
         "data_time": round(data_time, 4),
     }
 
 
-def forward_backward(state: TrainState, micro: list[Batch], supervised: int) -> list[float]:
-    """The update of a step, out of its micro-batches; their parts of the loss. Raises Stopped between two of them."""
-    engine, losses = state.engine, []
+def forward_backward(state: TrainState, micro: list[Batch], supervised: int) -> tuple[float, list[float]]:
+    """The update of a step, out of its micro-batches: the step's loss, and this rank's parts of it by micro-batch.
+
+    Raises Stopped between two of them.
+    """
+    engine, losses, step_loss = state.engine, [], 0.0
     for batch in micro:
         state.beat("forward and backward", state.step + 1, batch["keys"])
         output = engine(**state.inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=supervised)
         losses.append(output.loss.item())
-        # Micro-batches may differ in number from step to step.
-        engine.set_gradient_accumulation_boundary(batch["is_last"])
         # The engine will divide by the ranks and, unless told not to, by the accumulation steps: undo the first,
         # forbid the second, and what is left is the plain sum of the parts of the mean.
-        engine.backward(output.loss * state.world.world_size, scale_wrt_gas=False)
+        loss = output.loss * state.world.world_size
+        if batch["is_last"]:
+            (step_loss,) = sum_over_ranks([sum(losses)], engine.device)
+            if state.guard.is_spike(step_loss):
+                loss = loss * math.nan  # whose gradients the engine skips, on all ranks, as it does where they come so
+        # Micro-batches may differ in number from step to step.
+        engine.set_gradient_accumulation_boundary(batch["is_last"])
+        engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         # What is accumulated is thrown away: a resumed run takes the whole step again.
         if not batch["is_last"] and sum_over_ranks([float(bool(state.stop))], engine.device) != [0.0]:
             raise Stopped
-    return losses
+    return step_loss, losses
 
 
-def note_skipped(state: TrainState, micro: list[Batch], losses: list[float]) -> list[str]:
-    """Counts a step that DeepSpeed skipped, on all ranks alike; the keys of its samples whose loss is not finite, or
-    of all where only a gradient is not. Empty if the step was applied."""
-    if state.engine.was_step_applied():
-        state.skipped_in_a_row = 0
-        return []
-    state.skipped_steps += 1
-    state.skipped_in_a_row += 1
-    keys = [(key, math.isfinite(loss)) for b, loss in zip(micro, losses, strict=True) for key in b["keys"]]
-    keys = [entry for of_rank in gather(keys) for entry in of_rank]
-    found = [key for key, is_finite in keys if not is_finite] or [key for key, _ in keys]
-    log.warning("step %d was skipped: not finite with %s", state.step, ", ".join(found[:16]))
-    return found
+def uneven(step: int, batches: list[tuple[int, list[str]]]) -> DataError:
+    """Of a step whose micro-batches differ in number: the ranks that have fewer would leave the others waiting.
 
-
-def check_numbers(state: TrainState) -> None:
-    """Raises NumbersError after too many skipped steps in a row."""
-    if state.skipped_in_a_row >= state.config.train.max_skipped_steps:
-        raise NumbersError(
-            f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, had a loss or gradient that is not "
-            f"finite (train.max_skipped_steps); metrics.jsonl names their samples under not_finite, "
-            f"launch/inspect_step.py shows them. The newest checkpoint is from before: lower the learning rate, or "
-            f"leave out what is wrong, and go on from it",
-            on_all_ranks=True,
-        )
+    batches: by rank, how many, and the keys of their samples.
+    """
+    rows = [f"  rank {rank}: {n} with {', '.join(keys[:8])}" for rank, (n, keys) in enumerate(batches)]
+    return DataError(
+        f"step {step}: the ranks have different numbers of micro-batches, and would wait for each other for ever:\n"
+        + "\n".join(rows) + "\nThe data must be the same on every host; if it is, this is a fault of the trainer",
+        on_all_ranks=True,
+    )  # fmt: skip
 
 
 def epochs_done(state: TrainState) -> dict[str, Any]:
@@ -356,30 +374,50 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1)
 
 
-def evaluate(state: TrainState) -> float:
-    """The held-out loss now. All ranks call this."""
+def evaluate(state: TrainState) -> tuple[float, list[tuple[Question, str]]]:
+    """The held-out loss, and answers, now. All ranks call this."""
     assert state.eval_data is not None
-    config = state.config
+    config, step = state.config, state.step
     loss, rejected = held_out_loss(
         state.engine, state.eval_data, config.eval.samples, config.train.micro_batch_size, config.data.num_workers,
-        state.inputs, state.stop, lambda batch: state.beat("evaluate", state.step, batch["keys"]),
+        state.inputs, state.stop, lambda batch: state.beat("evaluate", step, batch["keys"]),
     )  # fmt: skip
-    state.ledger.record_held_out(state.step, rejected)
-    if config.checkpoint.keep_best and state.world.is_main:
-        checkpoint.note_best(state.output_dir, state.step, loss)
-    return loss
+    answered = held_out_answers(
+        state.engine, state.world, state.eval_data, config.eval.answers, config.eval.max_new_tokens, state.stop,
+        lambda keys: state.beat("generate", step, keys),
+    )  # fmt: skip
+    state.ledger.record_held_out(step, rejected)
+    return loss, answered
+
+
+def evaluate_and_record(state: TrainState, recorder: Recorder) -> None:
+    """An evaluation within training. One that is broken off is due when the run goes on."""
+    state.run = dataclasses.replace(state.run, evaluation_due=True)
+    loss, answered = evaluate(state)
+    state.run = dataclasses.replace(state.run, evaluation_due=False)
+    recorder.evaluation(state.step, loss)
+    recorder.answers(state.step, answered)
+    if state.config.checkpoint.keep_best and state.world.is_main:
+        state.saver.join()  # only a checkpoint that is there can be the best
+        note_best(state.output_dir, state.step, loss)
 
 
 def save(state: TrainState, recorder: Recorder) -> None:
     """A checkpoint of now. All ranks call this."""
     started = time.perf_counter()
-    run = dataclasses.replace(state.run, step=state.step, bad_samples=dict(state.ledger.counts))
-    retention = state.config.checkpoint
-    # Longer than any file system is away; gathering and writing beat nowhere.
-    with state.beat.phase("save", limit=max(SAVE_SECONDS, state.config.run.hang_seconds)):
-        checkpoint.save(state.engine, state.output_dir, run, state.tokenizer, state.transform, retention)
+    run = dataclasses.replace(
+        state.run, step=state.step, bad_samples=dict(state.ledger.counts), recent_losses=list(state.guard.recent_losses)
+    )
+    with saving(state):
+        state.saver.save(run)
     state.saved_step = state.step
     recorder.pause(state.step, time.perf_counter() - started)
+
+
+def saving(state: TrainState) -> AbstractContextManager[None]:
+    """While a checkpoint is written or waited for: gathering and writing beat nowhere, and file systems are away at
+    times."""
+    return state.beat.phase("save", limit=max(SAVE_SECONDS, state.config.run.hang_seconds))
 
 
 def add_sample_keys(state: TrainState, line: dict) -> None:

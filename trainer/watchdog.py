@@ -46,10 +46,12 @@ class Heartbeat:
 
     limit_seconds: without a beat for so long, the job hangs. The folder need not be shared by the hosts, but only then
     does a rank hear of a hang before it meets it itself.
+    start: of the job, the same on all its ranks and on those of no other: tells whose a file is.
     """
 
-    def __init__(self, folder: Path, rank: int, world_size: int, limit_seconds: float):
+    def __init__(self, folder: Path, rank: int, world_size: int, limit_seconds: float, start: str = ""):
         self.folder, self.rank, self.world_size, self.limit_seconds = folder, rank, world_size, limit_seconds
+        self.start = start
         self._limit = limit_seconds
         self._last: tuple[str, int, int, Sequence[str]] = ("start", 0, 0, ())  # phase, step, beats in it, keys
         self._ticks = self._idle = 0
@@ -128,8 +130,7 @@ class Heartbeat:
     def _publish_and_look(self) -> None:
         """Writes this rank's file and looks for a hang elsewhere: the common file, and the rank after this one."""
         other = (self.rank + 1) % self.world_size
-        first = seen = _read(self.folder / f"rank-{other}.json")
-        still = 0
+        seen, still = _read(self.folder / f"rank-{other}.json"), 0
         while not self._end.wait(TICK_SECONDS):
             self._publish()
             hang = _read(self.folder / HANG)
@@ -137,17 +138,18 @@ class Heartbeat:
                 self._hung = self._hung or "told by another rank"
             content = _read(self.folder / f"rank-{other}.json")
             still, seen = (still + 1 if content == seen else 0), content
-            # A file that never changed is of an earlier run, or of a host whose files are not seen here.
-            alive_before = content and content != first and _parse(content).get("phase") not in (None, "ended")
-            if other != self.rank and alive_before and still * TICK_SECONDS > self.limit_seconds:
+            # A file of another start is of a rank that is not there yet, or on a host whose files are not seen here.
+            state = _parse(content)
+            was_alive = state.get("start") == self.start and state["phase"] != "ended"
+            if other != self.rank and was_alive and still * TICK_SECONDS > self.limit_seconds:
                 self._hung = self._hung or f"rank {other} is silent"
 
     def _publish(self) -> None:
         phase, step, beats, keys = self._last
         self._ticks += 1
         state = {
-            "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "phase": phase, "step": step,
-            "beats": beats, "idle_seconds": self._idle * TICK_SECONDS, "hung": self._hung,
+            "start": self.start, "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(),
+            "phase": phase, "step": step, "beats": beats, "idle_seconds": self._idle * TICK_SECONDS, "hung": self._hung,
             "in_collective": self._in_collective, "ticks": self._ticks, "keys": list(keys),
         }  # fmt: skip
         try:

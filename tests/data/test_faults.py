@@ -18,7 +18,7 @@ from PIL import Image
 
 from trainer.config import DataConfig, ShardsConfig
 from trainer.data.index import open_index
-from trainer.data.loader import batches
+from trainer.data.loader import BatchLoader
 from trainer.data.order import MicroBatch, Slot
 from trainer.data.plan import make_stream
 from trainer.data.template import ChatTemplate
@@ -138,7 +138,7 @@ def test_equal_keys_of_other_samples_are_not_mixed_up(tmp_path, template):
         write_tar(tmp_path / f"t{number}.tar", members_of(samples))
     dataset = opened(tmp_path, template)
     rows = [[Slot(shard, i)] for i in range(SAMPLES) for shard in (0, 1)]
-    [batch] = batches(dataset, [MicroBatch(rows, is_last=True)], num_workers=0)
+    [batch] = BatchLoader(dataset, [MicroBatch(rows, is_last=True)], num_workers=0)
     found = [(document.key, *document.colours) for document in documents(batch, template)]
     assert found == [(key, f"#{shade}{i:02x}40") for i, key in enumerate(keys) for shade in ("00", "ff")]
 
@@ -284,7 +284,7 @@ def test_a_tar_changed_while_a_job_has_it_open_stops_the_job(tmp_path, template,
     change(tar)
     for _ in range(2):
         with pytest.raises(DataError, match=rf"^{tar}: the shard has changed since this job looked at it"):
-            list(batches(dataset, [MicroBatch([[Slot(0, 1)]], is_last=True)], num_workers=0))
+            list(BatchLoader(dataset, [MicroBatch([[Slot(0, 1)]], is_last=True)], num_workers=0))
 
 
 @pytest.mark.parametrize("change", [grown, of_the_same_size, replaced])

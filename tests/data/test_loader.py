@@ -17,7 +17,7 @@ from conftest import write_tiny_shards
 from pairs import P, S, dataset_of, documents, make_template, picture, plain_stream, write_pairs
 from PIL import Image
 
-from trainer.data.loader import batches
+from trainer.data.loader import BatchLoader
 from trainer.data.order import Geometry, MicroBatch, Row, Slot, micro_batches
 from trainer.data.reader import OPEN_SHARDS, ShardReader
 from trainer.data.samples import Batch, Rejected, Turn
@@ -58,7 +58,7 @@ def micro_batch(*rows: Row) -> MicroBatch:
 
 
 def one_batch(dataset, *rows: Row) -> Batch:
-    [batch] = batches(dataset, [micro_batch(*rows)], num_workers=0)
+    [batch] = BatchLoader(dataset, [micro_batch(*rows)], num_workers=0)
     return batch
 
 
@@ -110,7 +110,7 @@ def test_batches_are_those_made_by_hand(tiny_shards, template):
     # 24 samples, 4 a batch, in the given order.
     dataset = dataset_of(tiny_shards, template)
     stream = plain_stream([len(shard) for shard in dataset.reader.shards], seed=None, end=24)
-    found = list(batches(dataset, micro_batches(stream, Geometry(4, 4), 0, 6), num_workers=0))
+    found = list(BatchLoader(dataset, micro_batches(stream, Geometry(4, 4), 0, 6), num_workers=0))
     samples = list(webdataset.WebDataset([str(shard) for shard in tiny_shards], shardshuffle=False))
     assert len(found) == 6
     for i, batch in enumerate(found):
@@ -125,8 +125,8 @@ def test_batches_are_the_same_for_any_number_of_workers(tiny_shards, template, n
     # Two epochs and their fillers: ceil(48 / 5) = 10 batches of 5. (torch warns where workers outnumber the cores.)
     dataset = dataset_of(tiny_shards, template)
     stream = plain_stream([len(shard) for shard in dataset.reader.shards], seed=1, end=48)
-    expected = list(batches(dataset, micro_batches(stream, Geometry(5, 5), 0, 10), num_workers=0))
-    found = list(batches(dataset, micro_batches(stream, Geometry(5, 5), 0, 10), num_workers))
+    expected = list(BatchLoader(dataset, micro_batches(stream, Geometry(5, 5), 0, 10), num_workers=0))
+    found = list(BatchLoader(dataset, micro_batches(stream, Geometry(5, 5), 0, 10), num_workers))
     assert len(found) == len(expected) == 10
     for batch, reference in zip(found, expected, strict=True):
         assert_equal(batch, reference)
@@ -138,7 +138,7 @@ def test_samples_come_as_the_order_has_them(tmp_path, template, num_workers):
     sizes = [5, 9, 4]
     tars = [write_pairs(tmp_path / f"s{number}.tar", size) for number, size in enumerate(sizes)]
     dataset, stream = dataset_of(tars, template), plain_stream(sizes, seed=1, end=36)
-    loader = batches(dataset, micro_batches(stream, Geometry(5, 5), 0, 8), num_workers)
+    loader = BatchLoader(dataset, micro_batches(stream, Geometry(5, 5), 0, 8), num_workers)
     keys = [document.key for batch in loader for document in documents(batch, template)]
     places = [stream.row(position)[0] for position in range(36)]
     assert keys == [f"s{place.shard}-{place.sample}" for place in places]
@@ -197,7 +197,7 @@ def test_packed_documents_follow_one_another(tiny_shards, template):
 
 def test_the_last_micro_batch_of_a_step_is_marked(tiny_shards, template):
     stream = plain_stream([7, 5, 1, 11], seed=0)
-    loader = batches(dataset_of(tiny_shards, template), micro_batches(stream, Geometry(6, 2), 0, 2), num_workers=1)
+    loader = BatchLoader(dataset_of(tiny_shards, template), micro_batches(stream, Geometry(6, 2), 0, 2), num_workers=1)
     assert [batch["is_last"] for batch in loader] == [False, False, True] * 2
 
 
@@ -312,7 +312,7 @@ def test_a_bad_sample_leaves_its_row_empty_and_is_named(tmp_path, template, num_
     dataset = dataset_of(shards, template)
     rows = [micro_batch([Slot(0, n + 1)], [Slot(0, 0)]) for n in range(len(BAD))]
     [good] = one_batch(dataset, [Slot(0, 0)])["input_ids"].tolist()
-    found = list(batches(dataset, rows, num_workers))
+    found = list(BatchLoader(dataset, rows, num_workers))
     for n, (_, kind, message) in enumerate(BAD.values()):
         [rejected] = found[n]["rejected"]
         assert rejected == Rejected(str(shards[0]), f"bad {n}", kind, rejected.reason)
@@ -359,7 +359,7 @@ def test_workers_read_and_decode_and_the_training_process_does_not(tiny_shards, 
     before = open_shards()
     dataset = dataset_of(tiny_shards, template, transform=NotingTransform(S, notes=tmp_path / "notes"))
     rows = [micro_batch([Slot(3, i)], [Slot(0, i % 7)]) for i in range(11)]
-    pictures = sum(len(batch["pixel_values"]) for batch in batches(dataset, rows, num_workers))
+    pictures = sum(len(batch["pixel_values"]) for batch in BatchLoader(dataset, rows, num_workers))
     processes = [int(line) for line in (tmp_path / "notes").read_text().split()]
     assert len(processes) == pictures > 0
     if num_workers:

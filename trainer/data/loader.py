@@ -3,6 +3,7 @@
 The training process only receives finished tensors: workers read members by offset, decode, resize and tokenise.
 """
 
+import multiprocessing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -85,32 +86,48 @@ def _start_worker(_worker: int) -> None:
     ignore_in_worker()
 
 
-def batches(
-    dataset: ShardDataset, micro_batches: Iterable[MicroBatch], num_workers: int, pin_memory: bool = False
-) -> Iterator[Batch]:
-    """The batches of micro-batches, in order, whatever the number of workers. Raises DataError of a damaged shard.
+class BatchLoader:
+    """The batches of micro-batches, in order, whatever the number of workers; `closing` it ends the workers.
 
-    The workers start with this call, so that a caller can have them forked before it starts threads of its own.
+    The workers start with it, so that a caller can have them forked before it starts threads of its own. `next` raises
+    DataError of a damaged shard.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=micro_batches,  # type: ignore[arg-type]
-        collate_fn=_finished,
-        num_workers=num_workers,
-        # A forked worker has tokenizer and indexes at once; started anew it would import everything again, for seconds.
-        multiprocessing_context="fork" if num_workers else None,
-        prefetch_factor=PREFETCH_BATCHES if num_workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-    )
-    return _checked(iter(loader))
 
+    def __init__(
+        self, dataset: ShardDataset, micro_batches: Iterable[MicroBatch], num_workers: int, pin_memory: bool = False
+    ):
+        loader = DataLoader(
+            dataset,
+            batch_sampler=micro_batches,  # type: ignore[arg-type]
+            collate_fn=_finished,
+            num_workers=num_workers,
+            # A forked worker has tokenizer and indexes at once; started anew it would import everything again.
+            multiprocessing_context="fork" if num_workers else None,
+            prefetch_factor=PREFETCH_BATCHES if num_workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+        )
+        others = set(multiprocessing.active_children())
+        self._found: Any = iter(loader)
+        self._workers = set(multiprocessing.active_children()) - others
 
-def _checked(found: Iterator[Batch | DataError]) -> Iterator[Batch]:
-    for batch in found:
+    def __iter__(self) -> "BatchLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._found)
         if isinstance(batch, DataError):
             raise batch
-        yield batch
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers, those too that are at something and deaf to signals: Python waits for them at its exit."""
+        # PyTorch would do it once nobody holds its iterator, but the traceback of an error may hold it to the end.
+        getattr(self._found, "_shutdown_workers", lambda: None)()
+        self._found = iter(())
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
 
 
 def fetch(loader: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:

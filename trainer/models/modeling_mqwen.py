@@ -235,7 +235,7 @@ class MQWenLMHeadModel(QWenLMHeadModel):
         input_ids = kwargs.pop("input_ids", inputs)
         placeholder = self.transformer.image_placeholder
         no_placeholder = SuppressTokensLogitsProcessor([placeholder.replace_token_id], device=self.device)
-        kwargs["logits_processor"] = LogitsProcessorList([*(logits_processor or []), no_placeholder])
+        kwargs["logits_processor"] = LogitsProcessorList([no_placeholder, *(logits_processor or [])])
         if images is None or input_ids is None:
             return super().generate(input_ids, *args, attention_mask=attention_mask, **kwargs)
         grown, attention_mask, _ = grow_placeholders(
