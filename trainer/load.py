@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -15,7 +16,9 @@ from transformers import (
 
 from trainer.config import Config, ModelConfig
 from trainer.data.transform import ImageTransform
+from trainer.dist import log
 from trainer.errors import CheckpointError, ConfigError
+from trainer.manifest import MANIFEST, check_whole
 from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
@@ -146,6 +149,8 @@ def check_export(folder: Path) -> None:
 def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype, **settings: bool) -> PreTrainedModel:
     if cls is MQWenForConditionalGeneration:
         check_export(folder)
+    if cls is not CLIPVisionModel:  # Transformers knows its weights by several names
+        _check_shapes(cls, folder)
     options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, **settings}
     try:
         model, info = cls.from_pretrained(folder, **options)
@@ -159,6 +164,64 @@ def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype, **settin
             f"{folder}: {len(surplus)} weights have no place in it, among them {', '.join(surplus[:3])}"
         )
     return model
+
+
+def _check_shapes(cls: type[PreTrainedModel], folder: Path) -> None:
+    """Raises CheckpointError, naming weights and shapes, where a folder's are not those of its config.json."""
+    found = stored_shapes(folder)
+    config = cls.config_class.from_pretrained(folder)
+    with torch.device("meta"):
+        expected = {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
+    wrong = [
+        f"{name} is {found[name]}, expected {expected[name]}"
+        for name in expected.keys() & found.keys() if found[name] != expected[name]
+    ]  # fmt: skip
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} weights have other shapes than its config.json says, among them "
+            f"{'; '.join(sorted(wrong)[:3])}: a file of another model is in it"
+        )
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight in a folder's safetensors, from the files' heads alone; empty if it has none.
+
+    Raises CheckpointError, naming the file, where one is missing or damaged.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: cannot be read ({error!r})") from error
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in [folder / name for name in names] or [single] * single.is_file():
+        try:
+            with safe_open(file, "pt") as content:
+                shapes |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); copy the folder again") from error
+    return shapes
+
+
+def check_handover(settings: ModelConfig) -> None:
+    """Raises CheckpointError or ConfigError where an earlier stage's export is not as it was written, or is given
+    another tokenizer than it was trained with. What the model itself shows is checked as it is loaded."""
+    export = find_export(Path(settings.init_from or ""))
+    if export.name == EXPORT and (export.parent / MANIFEST).is_file():
+        check_whole(export.parent, within=f"{EXPORT}/")
+    else:
+        log.info("%s lies outside its checkpoint, whose %s has its hashes: not compared", export, MANIFEST)
+    if settings.tokenizer and (export / "tokenizer.json").is_file():
+        trained = PreTrainedTokenizerFast.from_pretrained(export).get_vocab()
+        given = load_tokenizer(settings).get_vocab()
+        differing = sorted(token for token in trained.keys() | given.keys() if trained.get(token) != given.get(token))
+        if differing:
+            first = differing[0]
+            raise ConfigError(
+                f"model.tokenizer={settings.tokenizer}: {len(differing)} tokens have other ids than in {export}, with "
+                f"which the model was trained, among them {first!r} ({given.get(first)}, was {trained.get(first)}); "
+                f"leave model.tokenizer out"
+            )
 
 
 def _check_same_stage_settings(

@@ -41,7 +41,7 @@ from trainer.evaluate import count_supervised, held_out_loss
 from trainer.freeze import freeze, table
 from trainer.guard import StepGuard
 from trainer.ledger import Ledger
-from trainer.load import image_transform, load_model, load_tokenizer
+from trainer.load import check_handover, image_transform, load_model, load_tokenizer
 from trainer.metrics import Recorder
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.optim import schedule, set_learning_rates
@@ -151,6 +151,8 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
     resumed_from = on_main_rank(world, lambda: checkpoint.find_resume(output_dir, resume, overwrite))
     if resume == "none" and overwrite:
         on_main_rank(world, lambda: checkpoint.clear(output_dir))
+    if config.model.init_from and not resumed_from:
+        on_main_rank(world, lambda: check_handover(config.model))
     data, train = config.data, config.train
     cache = open_cache(data)
     sources, held_out = open_on_all_ranks(data, world, cache)
