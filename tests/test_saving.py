@@ -1,0 +1,119 @@
+"""A save lets training go on, and what goes wrong beside it is said by all ranks, with nothing lost."""
+
+import json
+import time
+from pathlib import Path
+
+from ranks import run_ranks
+
+from trainer.config import Config
+from trainer.errors import CheckpointError
+from trainer.manifest import check_whole
+
+
+def start(world, config_file: str, run: str, *changes: str):
+    from trainer.train import setup
+
+    changes = [f"run.output_dir={run}", "checkpoint.save_steps=2", "data.num_workers=0", *changes]
+    return setup(Config.load(config_file, changes, world.world_size), world, "none")
+
+
+def slow_and_failing(world, config_file: str, out: str) -> dict:
+    """Exports that take seconds, and one that fails; what `latest` says at each step."""
+    from trainer import export
+    from trainer.train import train
+
+    write = export.write
+
+    def slowly(*args):
+        time.sleep(1.5)
+        write(*args)
+
+    export.write = slowly
+    state, found = start(world, config_file, f"{out}/slow", "train.max_steps=3"), {}
+    latest, seen = Path(out, "slow", "latest"), []
+    inputs = state.inputs
+
+    def looking(batch):
+        seen.append((state.step, latest.read_text().strip() if latest.exists() else None))
+        return inputs(batch)
+
+    state.inputs = looking
+    train(state)
+    found["seen"] = seen
+    found["after"] = latest.read_text().strip()
+    state.engine.destroy()
+
+    def failing(*args):
+        if "checkpoint-000004" in str(args[3]):
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    export.write = failing
+    state = start(world, config_file, f"{out}/failing", "train.max_steps=9")
+    try:
+        train(state)
+    except CheckpointError as error:
+        found["failed"] = str(error)
+        found["failed at"] = state.step
+    state.engine.destroy()
+    return found
+
+
+def test_training_goes_on_while_the_export_is_written_and_hears_of_its_failure(tiny_run, tmp_path):
+    first, second = run_ranks(slow_and_failing, 2, str(tiny_run), str(tmp_path))
+    # Saved after step 2, while step 3 runs; announced when it is whole, not before.
+    assert {latest for step, latest in first["seen"] if step == 2} == {None}
+    assert first["after"] == "checkpoint-000003"  # and the end waits for it
+    for path in (tmp_path / "slow").glob("checkpoint-*"):
+        check_whole(path)
+    assert first["failed"] == second["failed"]
+    assert first["failed"].startswith(f"{tmp_path}/failing/checkpoint-000004: cannot be saved (No space left")
+    assert 4 <= first["failed at"] == second["failed at"] <= 6  # at the next save at the latest
+    assert (tmp_path / "failing" / "latest").read_text().strip() == "checkpoint-000002"
+    assert not list((tmp_path / "failing").glob(".checkpoint-*"))
+
+
+def broken_off_in_evaluation(world, config_file: str, out: str, shards: str) -> list[int]:
+    """A run that is asked to stop while it evaluates evaluates when it goes on."""
+    from trainer.stopping import Stopped
+    from trainer.train import evaluate, setup, train
+
+    settings = [f"run.output_dir={out}", f"data.eval=[{{name: e, shards: '{shards}'}}]", "eval.every_steps=2",
+                "train.max_steps=3", "data.num_workers=0", "checkpoint.save_steps=2",
+                "checkpoint.keep_best=true"]  # fmt: skip
+    state = setup(Config.load(config_file, settings, world.world_size), world, "none")
+    inputs = state.inputs
+
+    def asked(batch):
+        if not state.engine.module.training and world.rank == 1:
+            state.stop.signal = "SIGTERM"
+        return inputs(batch)
+
+    state.inputs = asked
+    try:
+        train(state)
+    except Stopped:
+        stopped_at = state.step
+    state.engine.destroy()
+    state = setup(Config.load(config_file, settings, world.world_size), world, "auto")
+    due = state.run.evaluation_due
+    train(state)
+    loss = evaluate(state)[0]
+    state.engine.destroy()
+    return [stopped_at, due, loss]
+
+
+def test_an_evaluation_that_was_broken_off_is_made_up_for(tiny_run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shards = str(tiny_run.parent / "shards" / "*.tar")
+    found = run_ranks(broken_off_in_evaluation, 2, str(tiny_run), str(tmp_path / "run"), shards)
+    assert found[0] == found[1]
+    assert found[0][:2] == [2, True]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/loss")] == [2, 3]
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["checkpoint"] in ("checkpoint-000002", "checkpoint-000003")
+    assert best["held_out_loss"] <= found[0][2]
