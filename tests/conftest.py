@@ -39,6 +39,31 @@ def tiny_language_model(config: QWenConfig, seed: int = 0) -> MQWenLMHeadModel:
     return model.eval()
 
 
+FAULTS = pytest.StashKey[list[tuple[str, ...]]]()
+
+
+@pytest.fixture
+def fault(request):
+    """Adds a row to the table of faults that is printed at the end: fault(what, seen, lost or repeated, equal)."""
+    rows = request.config.stash.setdefault(FAULTS, [])
+
+    def add(what: str, seen: str, lost: str = "none", equal: str = "yes") -> None:
+        rows.append((what, seen, lost, equal))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    rows = config.stash.get(FAULTS, [])
+    if not rows:
+        return
+    rows = [("fault", "what was seen", "samples lost or repeated", "equal to the undisturbed run, bit for bit"), *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    terminalreporter.section("faults that were planted")
+    for row in rows:
+        terminalreporter.write_line("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))
+
+
 @pytest.fixture
 def tiny_config() -> QWenConfig:
     return QWenConfig(

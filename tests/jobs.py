@@ -18,17 +18,17 @@ ROOT = Path(__file__).resolve().parents[1]
 class Job:
     """`deepspeed launch/train.py` on two ranks, in a session of its own."""
 
-    def __init__(self, config: Path, run: Path, *settings: str, resume: str = "auto"):
+    def __init__(self, config: Path, run: Path, *settings: str, resume: str = "auto", log: Path | None = None):
         self.run = run
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         run.mkdir(exist_ok=True)
-        self.log = run.with_suffix(".log")
-        with self.log.open("a") as log:
+        self.log = log or run.with_suffix(".log")
+        with self.log.open("a") as output:
             self.process = subprocess.Popen(
                 ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()),
                  "launch/train.py", "--config", str(config), "--resume", resume,
                  "--set", f"run.output_dir={run}", *settings],
-                cwd=ROOT, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
+                cwd=ROOT, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
 

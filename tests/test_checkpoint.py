@@ -268,11 +268,21 @@ def test_state_of_the_same_samples_is_read(run, state):
     assert read_state(run / "checkpoint-000005", replace(state, step=0)) == state
 
 
+def test_shards_that_were_written_to_behind_their_headers_are_named(run, state, caplog):
+    path = run / "checkpoint-000005"
+    caplog.set_level("WARNING", "trainer")
+    times = [*state.shard_times[:2], state.shard_times[2] + 1, *state.shard_times[3:]]
+    assert read_state(path, replace(state, shard_times=times)).shard_times == times
+    assert "1 shards were written to, or copied, since" in caplog.text
+    assert "tiny-2-000000.tar" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"seed": 43}, ["run.seed was 42, is 43"]),
         ({"global_batch_size": 16}, ["train.global_batch_size was 8, is 16"]),
+        ({"trained": "2 parameters (ab)"}, ["what trains (freeze) was", "is 2 parameters (ab)"]),
         ({"order": "packs"}, ["order of the samples was samples, is packs"]),
         ({"seed": 1, "global_batch_size": 4}, ["run.seed was 42, is 1", "train.global_batch_size was 8, is 4"]),
     ],

@@ -36,7 +36,7 @@ def targets(job: Job, part: str) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_a_run_killed_again_and_again_equals_one_left_alone(tiny_run, tmp_path, stage):
+def test_a_run_killed_again_and_again_equals_one_left_alone(tiny_run, tmp_path, fault, stage):
     settings = [*SETTINGS, f"deepspeed=ds_configs/{stage}.json"]
     alone = Job(tiny_run, tmp_path / "alone", *settings)
     assert alone.end() == 0, alone.log.read_text()[-3000:]
@@ -65,14 +65,15 @@ def test_a_run_killed_again_and_again_equals_one_left_alone(tiny_run, tmp_path, 
 
     last = Job(tiny_run, run, *settings)
     assert last.end() == 0, last.log.read_text()[-3000:]
-    print(f"\n{stage}: killed | in | at step | ended after, s | exit code")
-    print("\n".join(f"  {part} | {moment} | {at} | {after:.1f} | {code}" for part, moment, at, after, code in table))
     assert curve(run) == curve(tmp_path / "alone")  # bit for bit, and no sample lost or repeated
     assert final_weights(run) == final_weights(tmp_path / "alone")
     assert not list(Path(run).glob(".checkpoint-*"))
+    for part, moment, at, after, code in table:
+        seen = f"at step {at}: ended after {after:.0f} s with {code}, resumed"
+        fault(f"{stage}: SIGKILL of {part} in {moment}", seen)
 
 
-def test_a_second_job_on_the_same_folder_is_refused_by_name(tiny_run, tmp_path):
+def test_a_second_job_on_the_same_folder_is_refused_by_name(tiny_run, tmp_path, fault):
     first = Job(tiny_run, tmp_path / "run", *SETTINGS, "train.max_steps=400")
     first.wait_for(lambda: first.steps() >= 1)
     log = first.log.read_text()
@@ -85,10 +86,11 @@ def test_a_second_job_on_the_same_folder_is_refused_by_name(tiny_run, tmp_path):
     for rank in first.ranks():
         rank.send_signal(signal.SIGTERM)
     assert first.end() == 75
+    fault("a second job on one folder", "refused by name, exit code 2; the first goes on", equal="-")
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_a_rank_that_stands_still_ends_the_job_and_is_named(tiny_run, tmp_path, stage):
+def test_a_rank_that_stands_still_ends_the_job_and_is_named(tiny_run, tmp_path, fault, stage):
     settings = [*SETTINGS, f"deepspeed=ds_configs/{stage}.json", "run.hang_seconds=8"]
     job = Job(tiny_run, tmp_path / "run", *settings, "train.max_steps=400")
     job.wait_for(lambda: job.steps() >= 2)
@@ -106,3 +108,4 @@ def test_a_rank_that_stands_still_ends_the_job_and_is_named(tiny_run, tmp_path, 
     step = max(int(path.name[-6:]) for path in existing(job.run))
     again = Job(tiny_run, job.run, *settings, f"train.max_steps={step + 2}")
     assert again.end() == 0, again.log.read_text()[-3000:]
+    fault(f"{stage}: a rank that stands still", "named with its samples, exit code 70, resumed", equal="-")

@@ -46,6 +46,12 @@ def in_evaluation(job: Job) -> None:
     job.wait_for(lambda: job.steps() >= 2)
 
 
+def in_generation(job: Job) -> None:
+    # Answers take most of the time, and the phase is written down every second.
+    beats = job.run / "heartbeat" / "rank-1.json"
+    job.wait_for(lambda: job.steps() >= 1 and '"phase": "generate"' in beats.read_text())
+
+
 CASES = [
     ("zero2", in_training, signal.SIGTERM, "one rank"),
     ("zero3", in_training, signal.SIGUSR1, "everyone"),
@@ -54,18 +60,26 @@ CASES = [
     ("zero2", in_a_save, signal.SIGUSR1, "one rank"),
     ("zero3", in_a_save, signal.SIGTERM, "ranks"),
     ("zero3", in_evaluation, signal.SIGTERM, "one rank"),
+    ("zero3", in_generation, signal.SIGUSR1, "one rank"),
+    ("zero2", in_generation, signal.SIGTERM, "ranks"),
 ]
 
 
 @pytest.mark.parametrize(("stage", "moment", "number", "whom"), CASES)
 def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on(
-    undisturbed, tiny_run, tmp_path, stage, moment, number, whom
+    undisturbed, tiny_run, tmp_path, fault, stage, moment, number, whom
 ):
     settings = [*SETTINGS, f"deepspeed=ds_configs/{stage}.json"]
     if moment is in_evaluation:
         write_tiny_shards(tmp_path / "held-out", (400,))
         settings += [
             f"data.eval=[{{name: e, shards: '{tmp_path}/held-out/*.tar'}}]", "eval.every_steps=1", "eval.samples=0",
+        ]  # fmt: skip
+    if moment is in_generation:
+        write_tiny_shards(tmp_path / "held-out", (8,))
+        settings += [
+            f"data.eval=[{{name: e, shards: '{tmp_path}/held-out/*.tar'}}]", "eval.every_steps=1", "eval.answers=8",
+            "eval.max_new_tokens=220",
         ]  # fmt: skip
     job = Job(tiny_run, tmp_path / "run", *settings)
     moment(job)
@@ -82,9 +96,11 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on(
     check_whole(latest)
     stopped_at = int(latest.name.rpartition("-")[2])
     assert stopped_at == job.steps() < 12
-    if moment is in_evaluation:
+    if moment in (in_evaluation, in_generation):
         settings += ["eval.every_steps=0"]
     again = Job(tiny_run, job.run, *settings)
     assert again.end() == 0, again.log.read_text()[-3000:]
     assert curve(job.run) == curve(undisturbed[stage])
     assert final_weights(job.run) == final_weights(undisturbed[stage])
+    where = moment.__name__.replace("_", " ")
+    fault(f"{stage}: {number.name} to {whom}, {where}", f"saved at step {stopped_at}, exit code 75, resumed")

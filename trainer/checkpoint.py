@@ -50,8 +50,12 @@ class RunState:
     global_batch_size: int
     order: str
     """How samples become rows: plain, packed, mixed."""
+    trained: str
+    """How many parameters train, and a hash of their names and shapes."""
     shards: list[str]
     """Name and hash of each training shard."""
+    shard_times: list[int]
+    """When each was last written to, in ns: a hash is of headers, and contents can change behind those."""
     world_size: int
     zero_stage: int
     """Ranks and ZeRO stage that DeepSpeed's files are cut for."""
@@ -149,7 +153,7 @@ def read_state(path: Path, expected: RunState) -> RunState:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its state.json cannot be read ({error})") from error
     names = {"seed": "run.seed", "global_batch_size": "train.global_batch_size",
-             "order": "order of the samples"}  # fmt: skip
+             "order": "order of the samples", "trained": "what trains (freeze)"}  # fmt: skip
     differing = [
         f"{text} was {getattr(state, name)}, is {getattr(expected, name)}"
         for name, text in names.items() if getattr(state, name) != getattr(expected, name)
@@ -160,7 +164,14 @@ def read_state(path: Path, expected: RunState) -> RunState:
             f"{path}: another run than this one: {'; '.join(differing)}. Set them back, or start in a new run folder, "
             f"with model.init_from={path} to keep the weights."
         )
-    return replace(state, world_size=expected.world_size, zero_stage=expected.zero_stage)
+    pairs = zip(state.shards, state.shard_times, expected.shard_times, strict=True)
+    if touched := [shard.rpartition(" ")[0] for shard, then, now in pairs if then != now]:
+        log.warning(
+            "%d shards were written to, or copied, since %s, among them %s: their members are the same, and "
+            "`launch/prepare_shards.py verify` tells whether these are whole", len(touched), path, touched[0],
+        )  # fmt: skip
+    same = {name: getattr(expected, name) for name in ("world_size", "zero_stage", "shard_times")}
+    return replace(state, **same)
 
 
 def _differing_shards(before: list[str], now: list[str]) -> list[str]:

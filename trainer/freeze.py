@@ -1,5 +1,6 @@
 """What trains and what does not."""
 
+import hashlib
 import re
 
 from torch import nn
@@ -55,6 +56,13 @@ def _expressions(pattern: str) -> dict[str, re.Pattern[str]]:
         found = {f": there is no layer {i}": re.compile(f"^{re.escape(LAYERS[match[1]])}{i}[.]") for i in layers}
         return found or {": the range is empty": re.compile(r"(?!)")}
     return {"": re.compile(pattern)}
+
+
+def describe_trained(model: nn.Module) -> str:
+    """How many parameters train, and a hash of their names and shapes."""
+    trained = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.requires_grad]
+    digest = hashlib.sha256("\n".join(trained).encode()).hexdigest()[:8]
+    return f"{len(trained)} parameters ({digest})"
 
 
 def table(model: nn.Module) -> str:

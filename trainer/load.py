@@ -92,6 +92,8 @@ def load_model(
     if settings.init_from or resumed_from:
         model = _load(MQWenForConditionalGeneration, find_export(resumed_from or Path(settings.init_from or "")), dtype)
         _check_same_stage_settings(settings, model, image_token_id)
+        if resumed_from:
+            _check_same_model(settings, model, resumed_from)
     else:
         model = MQWenForConditionalGeneration.from_parts(
             _load(CLIPVisionModel, Path(settings.vision_tower or ""), dtype),
@@ -164,6 +166,29 @@ def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype, **settin
             f"{folder}: {len(surplus)} weights have no place in it, among them {', '.join(surplus[:3])}"
         )
     return model
+
+
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+"""Of a language model or tower, by the names in config.json: what tells one size from another."""
+
+
+def _check_same_model(settings: ModelConfig, model: MQWenForConditionalGeneration, resumed_from: Path) -> None:
+    """Raises CheckpointError where a checkpoint's model is of another size than the folders that the run names."""
+    parts = {"language_model": model.config.text_config, "vision_tower": model.config.vision_config}
+    differing = []
+    for key, config in parts.items():
+        if folder := getattr(settings, key):
+            named = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+            named = named.get("vision_config", named) if key == "vision_tower" else named
+            differing += [
+                f"{name} of model.{key} is {named[name]}, of the checkpoint {getattr(config, name)}"
+                for name in SHAPE if name in named and named[name] != getattr(config, name, named[name])
+            ]  # fmt: skip
+    if differing:
+        raise CheckpointError(
+            f"{resumed_from}: of another model than this run's: {'; '.join(differing)}. Name its folders, or choose "
+            f"another run.output_dir"
+        )
 
 
 def _check_shapes(cls: type[PreTrainedModel], folder: Path) -> None:

@@ -38,7 +38,7 @@ from trainer.dist import World, gather, log, on_main_rank, raise_together, sum_o
 from trainer.engine import build_engine, deepspeed_settings
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate import count_supervised, held_out_loss
-from trainer.freeze import freeze, table
+from trainer.freeze import describe_trained, freeze, table
 from trainer.guard import StepGuard
 from trainer.ledger import Ledger
 from trainer.load import check_handover, image_transform, load_model, load_tokenizer
@@ -172,7 +172,8 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
         step=0, seed=config.run.seed, global_batch_size=train.global_batch_size,
         order=describe(sources, lengths if data.packing else None, data.max_length),
         shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
-        world_size=world.world_size, zero_stage=zero_stage,
+        shard_times=[0 if shard.url else shard.mtime_ns for shard in reader.shards],
+        trained=describe_trained(model), world_size=world.world_size, zero_stage=zero_stage,
         frozen_from=config.model.init_from or f"{config.model.language_model} and {config.model.vision_tower}",
     )  # fmt: skip
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
