@@ -1,9 +1,10 @@
-"""Two steps of stage 1 at true size, with random weights: does it fit, and in how much memory?
+"""Stage 1 at true size, with random weights: does it fit, in how much memory, and how large is a checkpoint?
 
     python benchmarks/real_size.py --work DIR [--tiktoken qwen.tiktoken]
 
-Makes folders in the layouts of Qwen-1.8B and CLIP-ViT-L/14 and a few shards in DIR (13 GB with the checkpoint, kept for
-the next time), then trains on one rank under ZeRO-2 in bf16. Prints the losses and the peak memory of the process.
+Makes folders in the layouts of Qwen-1.8B and CLIP-ViT-L/14 and a few shards in DIR (13 GB with the checkpoints, kept
+for the next time), then trains two steps on one rank under ZeRO-2 in bf16, saving after each, and resumes for a third.
+Prints losses, peak memory, and what each checkpoint adds on the disk.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from demo_task import write_shards, write_vocabulary  # noqa: E402
 
 LIMIT_GIB = 20
 STEPS = 2
+"""Before the run is resumed for one more."""
+LIMIT_SHARE = 0.05
+"""Of the model's bytes, that a checkpoint may add once the frozen weights are on the disk."""
 
 
 class ProductsInFp32(TorchDispatchMode):
@@ -76,17 +80,34 @@ def main() -> None:
     for line in lines:
         print("step {step}: loss {loss:.4f}, grad norm {grad_norm:.3f}, {tokens} tokens".format(**line))
     print(f"peak memory {peak:.1f} GiB (limit {LIMIT_GIB}), {time.monotonic() - started:.0f} s")
-    if len(lines) != STEPS or peak > LIMIT_GIB:
+    largest = checkpoint_sizes(run)
+    if len(lines) != STEPS + 1 or peak > LIMIT_GIB or largest > LIMIT_SHARE:
         sys.exit(1)
 
 
+def checkpoint_sizes(run: Path) -> float:
+    """Prints what each checkpoint adds on the disk; the largest share of the model's bytes, the first one apart."""
+    seen: set[int] = set()
+    shares = []
+    for path in sorted(run.glob("checkpoint-*")):
+        stats = [file.stat() for file in path.rglob("*") if file.is_file()]
+        added = sum(stat.st_size for stat in stats if stat.st_ino not in seen)
+        seen |= {stat.st_ino for stat in stats}
+        model = sum(file.stat().st_size for file in (path / "hf").glob("*.safetensors"))
+        shares.append(added / model)
+        share = f"{added / model:.1%} of the model's {model / 1e6:,.0f} MB"
+        print(f"{path.name}: adds {added / 1e6:,.0f} MB to the disk, {share}")
+    return max(shares[1:])
+
+
 def train(work: Path, run: Path) -> None:
-    """The steps, as launch/train.py runs them."""
+    """The steps, as launch/train.py runs them, and one more after a resume."""
     settings = [
         f"run.output_dir={run}", f"model.language_model={work / 'Qwen-1_8B'}",
         f"model.vision_tower={work / 'clip-vit-large-patch14'}",
         f"data.train=[{{name: drawn, shards: '{work}/shards/*.tar'}}]", "data.num_workers=1", "train.epochs=null",
-        f"train.max_steps={STEPS}", "train.global_batch_size=1", "train.micro_batch_size=1", "train.bf16=true",
+        f"train.max_steps={STEPS + 1}", "checkpoint.save_steps=1", "checkpoint.keep_last=0",
+        "train.global_batch_size=1", "train.micro_batch_size=1", "train.bf16=true",
     ]  # fmt: skip
     from trainer.train import setup
     from trainer.train import train as run_steps
@@ -94,9 +115,10 @@ def train(work: Path, run: Path) -> None:
     world = world_from_environment()
     config = Config.load("stage1", settings, world.world_size)
     with distributed(world):
-        state = setup(config, world, "none")
-        run_steps(state)
-        state.engine.destroy()
+        for resume, until in (("none", STEPS), ("auto", STEPS + 1)):
+            state = setup(config, world, resume)
+            run_steps(state, until)
+            state.engine.destroy()
 
 
 if __name__ == "__main__":

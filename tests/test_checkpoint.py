@@ -135,13 +135,14 @@ def test_checkpoint_holds_what_its_manifest_lists(run):
     assert not any("half" in name for name in files)
 
 
-def test_checkpoints_are_ordered_by_step(tmp_path):
+def test_checkpoints_are_ordered_by_step(tmp_path, fault):
     # As text, a million comes before 999,999.
     for name in ("checkpoint-1000000", "checkpoint-999999", "checkpoint-000010", ".checkpoint-000011.partial"):
         (tmp_path / name).mkdir()
     assert [path.name for path in existing(tmp_path)] == [
         "checkpoint-000010", "checkpoint-999999", "checkpoint-1000000",
     ]  # fmt: skip
+    fault("files of any age", "checkpoints are ordered by step", equal="-")
 
 
 # --- Which checkpoint a run goes on from ---
@@ -350,7 +351,7 @@ def test_state_that_cannot_be_read(run, state, content):
 # --- Data is never code ---
 
 
-def test_pickle_in_a_file_of_deepspeed_is_refused_and_not_run(outcome):
+def test_pickle_in_a_file_of_deepspeed_is_refused_and_not_run(outcome, fault):
     attacks = {name: result for name, result in outcome[1].items() if "plant" in name}
     assert len(attacks) == 4  # two files, two ways
     for name, (error, it_ran) in attacks.items():
@@ -359,3 +360,4 @@ def test_pickle_in_a_file_of_deepspeed_is_refused_and_not_run(outcome):
         assert error.startswith("CheckpointError: "), f"{name}: {error}"
         assert "attacked" in error, f"{name}: {error}"
         assert "weights_only" not in error, f"{name}: advises to load it all the same: {error}"
+    fault("a pickle in a checkpoint", "refused, not run", equal="-")

@@ -69,7 +69,7 @@ def trained_on_a_small_disk(world, config_file: str, folder: str, stage: str) ->
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(tiny_run, small_disk, stage):
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(tiny_run, small_disk, stage, fault):
     first, second = run_ranks(trained_on_a_small_disk, 2, str(tiny_run), str(small_disk), stage, timeout=300)
     run = small_disk / "run"
     assert first["full"] == second["full"]
@@ -81,6 +81,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(tiny_run, s
     assert (first["goes on at"], second["goes on at"]) == (1, 1)
     for step in (1, 2, 3):
         check_whole(run / f"checkpoint-00000{step}")
+    fault(f"{stage}: disk full in a save", "named on all ranks; resumed from the checkpoint before", equal="-")
 
 
 def trained_where_the_folder_vanishes(world, config_file: str, folder: str) -> str:
@@ -111,7 +112,8 @@ def trained_where_the_folder_vanishes(world, config_file: str, folder: str) -> s
     return "saved"
 
 
-def test_a_folder_that_vanished_is_named_on_all_ranks(tiny_run, tmp_path):
+def test_a_folder_that_vanished_is_named_on_all_ranks(tiny_run, tmp_path, fault):
     said = run_ranks(trained_where_the_folder_vanishes, 2, str(tiny_run), str(tmp_path / "run"), timeout=300)
     assert len(set(said)) == 1
     assert said[0].startswith(f"{tmp_path}/run/checkpoint-000000: cannot be saved (No such file or directory)")
+    fault("the run folder vanished", "named on all ranks", equal="-")

@@ -65,7 +65,7 @@ def spiked(world, config_file: str, out: str, stage: str) -> list:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_loss_that_leaps_changes_nothing_and_ends_the_run_if_it_stays(tiny_run, tmp_path, stage):
+def test_a_loss_that_leaps_changes_nothing_and_ends_the_run_if_it_stays(tiny_run, tmp_path, stage, fault):
     first, second = run_ranks(spiked, 2, str(tiny_run), str(tmp_path), stage)
     assert first == second
     recent, said, unchanged = first
@@ -79,6 +79,7 @@ def test_a_loss_that_leaps_changes_nothing_and_ends_the_run_if_it_stays(tiny_run
         assert 0 < len(line["loss_spike"]) <= 2  # the worst micro-batch
         assert set(line["loss_spike"]) < set(line["samples"])
     assert (tmp_path / "run" / "latest").read_text().strip() == "checkpoint-000020"
+    fault(f"{stage}: a loss that leaps", "skipped on all ranks, the worst samples named", equal="-")
 
 
 def out_of_step(world, config_file: str, out: str, stage: str) -> str:
@@ -100,10 +101,11 @@ def out_of_step(world, config_file: str, out: str, stage: str) -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ranks_with_different_numbers_of_micro_batches_are_named(tiny_run, tmp_path, stage):
+def test_ranks_with_different_numbers_of_micro_batches_are_named(tiny_run, tmp_path, stage, fault):
     first, second = run_ranks(out_of_step, 2, str(tiny_run), str(tmp_path), stage, timeout=120)
     assert first == second
     assert first.startswith("step 1: the ranks have different numbers of micro-batches")
     assert "rank 0: 2 with s" in first
     assert "rank 1: 4 with s" in first
     assert not (Path(tmp_path) / "run" / "latest").exists()
+    fault(f"{stage}: ranks with different numbers of batches", "named with their samples", equal="-")

@@ -79,7 +79,7 @@ def lines_of(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_picture_of_one_rank_that_is_no_number_skips_one_step_and_is_named(runs, stage):
+def test_a_picture_of_one_rank_that_is_no_number_skips_one_step_and_is_named(runs, stage, fault):
     lines = lines_of(runs[0] / f"image-{stage}")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1, 1, 1]
@@ -88,20 +88,22 @@ def test_a_picture_of_one_rank_that_is_no_number_skips_one_step_and_is_named(run
     assert math.isnan(lines[1]["loss"])
     assert lines[1]["grad_norm"] is None
     assert all(math.isfinite(line["loss"]) for line in lines[2:])
+    fault(f"{stage}: NaN in a picture of one rank", "its step skipped on all ranks, the samples named", equal="-")
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_of_one_rank_that_is_infinite_skips_its_step_on_all(runs, stage):
+def test_a_gradient_of_one_rank_that_is_infinite_skips_its_step_on_all(runs, stage, fault):
     # The hook runs once a micro-batch, two a step: the third call is in step 2, the seventh in step 4.
     lines = lines_of(runs[0] / f"gradient-{stage}")
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 2, 2, 2]
     assert all(math.isfinite(line["loss"]) for line in lines)
     # No loss tells whose it was, so all samples of the step are named.
     assert sorted(lines[1]["not_finite"]) == sorted(lines[1]["samples"])
+    fault(f"{stage}: a gradient of one rank is infinite", "its step skipped on all ranks, named", equal="-")
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_weight_that_is_no_number_ends_the_run_with_the_checkpoint_from_before(runs, stage):
+def test_a_weight_that_is_no_number_ends_the_run_with_the_checkpoint_from_before(runs, stage, fault):
     out, said = runs
     assert len({ranks_said[stage] for ranks_said in said}) == 1  # all ranks end, with the same words
     assert "3 steps in a row, up to step 5" in said[0][stage]
@@ -110,3 +112,4 @@ def test_a_weight_that_is_no_number_ends_the_run_with_the_checkpoint_from_before
     assert [line["step"] for line in lines if "not_finite" in line] == [3, 4, 5]
     # Saved every step, but not while steps are skipped.
     assert (out / f"weight-{stage}" / "latest").read_text().strip() == "checkpoint-000002"
+    fault(f"{stage}: NaN in a weight", "ends after 3 skipped steps; the checkpoint is from before", equal="-")

@@ -45,7 +45,7 @@ TAGS = [
 
 
 @pytest.mark.parametrize("tag", TAGS)
-def test_a_configuration_makes_no_objects(tiny_run, tmp_path, sign, tag):
+def test_a_configuration_makes_no_objects(tiny_run, tmp_path, sign, tag, fault):
     planted = tag.format(sign=sign)
     file = tmp_path / "planted.yaml"
     file.write_text(tiny_run.read_text() + f"\nfreeze: {planted}\n")
@@ -54,9 +54,10 @@ def test_a_configuration_makes_no_objects(tiny_run, tmp_path, sign, tag):
     with pytest.raises(ConfigError, match="the value is not YAML"):
         Config.load(tiny_run, [f"run.name={planted}"])
     assert not sign.exists()
+    fault(f"{tag.split()[0]} in a configuration", "refused, not run", equal="-")
 
 
-def test_a_shard_is_read_without_unpickling(tmp_path, sign):
+def test_a_shard_is_read_without_unpickling(tmp_path, sign, fault):
     # webdataset's own reader unpickles members of these names.
     code = pickle.dumps(Planted(sign))
     tar = tmp_path / "planted.tar"
@@ -75,6 +76,7 @@ def test_a_shard_is_read_without_unpickling(tmp_path, sign):
     with pytest.raises(Exception, match="is not JSON"):
         reader.conversation(Slot(0, 1))
     assert not sign.exists()
+    fault("a pickle in a shard", "not run", equal="-")
 
 
 def test_a_kept_index_is_read_without_unpickling(tmp_path, sign):

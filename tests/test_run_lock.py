@@ -123,12 +123,13 @@ def test_stopped_job_of_this_machine_is_not_robbed(tmp_path, hold):
         pass
 
 
-def test_killed_job_of_another_machine_is_followed_when_its_heartbeat_stands_still(tmp_path, hold):
+def test_killed_job_of_another_machine_is_followed_when_its_heartbeat_stands_still(tmp_path, hold, fault):
     first = hold(tmp_path, "elsewhere")
     first.kill()
     first.wait()
     assert 0.4 < seconds_to_take(tmp_path) < 2
     assert not list(tmp_path.iterdir())
+    fault("a stale lock", "taken over once its heartbeat stands still", equal="-")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": -1, "token": "../../x"}', b"\xff", b'{"token": {}}'])
@@ -139,7 +140,7 @@ def test_file_that_is_no_lock_does_not_stop_a_run_for_ever(tmp_path, content):
 
 
 @pytest.mark.parametrize(("started", "changed"), [("9999-12-31 23:59:59", 2**33), ("1970-01-01 00:00:00", 0)])
-def test_clocks_do_not_matter(tmp_path, hold, started, changed):
+def test_clocks_do_not_matter(tmp_path, hold, started, changed, fault):
     os.utime(left(tmp_path, started=started), (changed, changed))
     assert 0.4 < seconds_to_take(tmp_path) < 2
     first = hold(tmp_path, "elsewhere")
@@ -147,6 +148,7 @@ def test_clocks_do_not_matter(tmp_path, hold, started, changed):
         os.utime(tmp_path / module.FILE, (changed, changed))
         with pytest.raises(ConfigError, match=f"process {first.pid}"), run_lock(tmp_path):
             pass
+    fault(f"a clock that was changed ({changed})", "no clock is asked", equal="-")
 
 
 def _contend(folder: Path, rounds: int, ready, results) -> None:

@@ -60,7 +60,7 @@ def slow_and_failing(world, config_file: str, out: str) -> dict:
     return found
 
 
-def test_training_goes_on_while_the_export_is_written_and_hears_of_its_failure(tiny_run, tmp_path):
+def test_training_goes_on_while_the_export_is_written_and_hears_of_its_failure(tiny_run, tmp_path, fault):
     first, second = run_ranks(slow_and_failing, 2, str(tiny_run), str(tmp_path))
     # Saved after step 2, while step 3 runs; announced when it is whole, not before.
     assert {latest for step, latest in first["seen"] if step == 2} == {None}
@@ -72,6 +72,7 @@ def test_training_goes_on_while_the_export_is_written_and_hears_of_its_failure(t
     assert 4 <= first["failed at"] == second["failed at"] <= 6  # at the next save at the latest
     assert (tmp_path / "failing" / "latest").read_text().strip() == "checkpoint-000002"
     assert not list((tmp_path / "failing").glob(".checkpoint-*"))
+    fault("disk full in an export beside training", "named on all ranks; latest is from before", equal="-")
 
 
 def broken_off_in_evaluation(world, config_file: str, out: str, shards: str) -> list[int]:

@@ -10,6 +10,8 @@ from trainer.dist import gather, log
 from trainer.errors import NumbersError
 from trainer.evaluate import count_supervised
 
+NOT_FINITE, LOSS_SPIKE = "not_finite", "loss_spike"
+"""Why a step was skipped: keys of its line in metrics.jsonl, each with the keys of its samples."""
 WINDOW = 64
 """Applied steps whose median loss a step's is held against."""
 ENOUGH = 16
@@ -53,11 +55,11 @@ class StepGuard:
         parts = [part for of_rank in gather(here) for part in of_rank]
         if self.is_spike(loss):
             _, keys = max(parts)
-            kind, what = "loss_spike", f"its loss of {loss:.4g} leaps from {median(self.recent_losses):.4g}"
+            kind, what = LOSS_SPIKE, f"its loss of {loss:.4g} leaps from {median(self.recent_losses):.4g}"
         else:
             bad = [part for part in parts if not math.isfinite(part[0])]
             keys = [key for _, keys in bad or parts for key in keys]
-            kind, what = "not_finite", "not finite"
+            kind, what = NOT_FINITE, "not finite"
         log.warning("step %d was skipped: %s, with %s", step, what, ", ".join(keys[:16]))
         return {kind: keys}
 
@@ -67,7 +69,7 @@ class StepGuard:
             raise NumbersError(
                 f"{self.skipped_in_a_row} steps in a row, up to step {step}, were skipped (train.max_skipped_steps): a "
                 f"loss or gradient was not finite, or the loss too high; metrics.jsonl names their samples under "
-                f"not_finite and loss_spike, launch/inspect_step.py shows them. The newest checkpoint is from before: "
-                f"lower the learning rate, or leave out what is wrong, and go on from it",
+                f"{NOT_FINITE} and {LOSS_SPIKE}, launch/inspect_step.py shows them. The newest checkpoint is from "
+                f"before: lower the learning rate, or leave out what is wrong, and go on from it",
                 on_all_ranks=True,
             )

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from trainer.answers import Question
 from trainer.dist import log
+from trainer.guard import LOSS_SPIKE, NOT_FINITE
 
 GIB = 2**30
 
@@ -47,6 +48,9 @@ class Recorder:
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
         step = line["step"]
+        for kind in (NOT_FINITE, LOSS_SPIKE):
+            if kind in line:
+                self._tensorboard.add_text(f"train/{kind}", html.escape(", ".join(line[kind])), step)
         self._bar.update(1)
         self._bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
         if step % self.every_steps and step not in (1, self.last_step):
