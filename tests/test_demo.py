@@ -33,6 +33,22 @@ def test_model_describes_pictures_it_never_saw_and_looks_at_them(demo):
         assert len(sheet.getcolors(1 << 20)) > 50
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_training_hardly_pauses_to_save(demo, stage):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(demo / stage / "tensorboard"))
+    events.Reload()
+    pauses = {event.step: event.value for event in events.Scalars("train/save_seconds")}
+    lines = [json.loads(line) for line in (demo / stage / "metrics.jsonl").read_text().splitlines()]
+    assert len(pauses) == 2
+    before = 0
+    for step, seconds in sorted(pauses.items()):
+        between = sum(line["step_time"] for line in lines[before:step])
+        assert seconds < 0.05 * between, f"step {step}: paused for {seconds:.2f} s in {between:.1f} s"
+        before = step
+
+
 @pytest.fixture
 def tensorboard(demo):
     with socket.socket() as probe:
