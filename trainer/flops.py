@@ -125,8 +125,8 @@ def clip_layer(layer: nn.Module) -> Layer:
 def step_flops(model: MQWenForConditionalGeneration, shape: BatchShape, checkpointing: bool = False) -> Flops:
     """Operations of one forward and backward pass over a batch of this shape.
 
-    model: with what is frozen marked; it may be on the meta device. checkpointing: activations are recomputed; with that
-    Transformers has every embedding's output want a gradient, so that it runs through frozen layers to the first.
+    model: with what is frozen marked; it may be on the meta device. checkpointing: activations are recomputed, and
+    Transformers then has every embedding's output want a gradient: it runs through frozen layers to the first.
     """
     images = max(1.0, shape.images)  # without an image a blank one is computed
     tower, recomputed = _tower(model, images, checkpointing)

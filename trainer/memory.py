@@ -1,0 +1,255 @@
+"""Bytes that a run takes on each rank and on disk, from shapes and settings alone.
+
+What DeepSpeed holds for the model is written down here as its optimizers hold it (source: DeepSpeed 0.19.8,
+`runtime/zero/stage_1_and_2.py`, `stage3.py`, `bf16_optimizer.py`; ZeRO: Rajbhandari et al. 2020), and compared with a
+real engine in the tests. With n trained parameters on N ranks in bf16 and gradients summed in fp32: ZeRO-2 holds 2·n of
+weights and (4 + 12)·n/N of sums and AdamW, ZeRO-3 (2 + 4 + 12)·n/N and what it has gathered for now; frozen parameters
+take their weights only.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from torch import nn
+
+from trainer.activations import FP32, Activations
+from trainer.config import CheckpointConfig, OptimConfig
+from trainer.errors import ConfigError
+from trainer.optim import parameter_groups
+
+ADAMW = 2 * FP32
+"""Bytes a parameter of AdamW's two moments."""
+
+MASTER = FP32
+"""Bytes a parameter of the weights that AdamW updates, where they are not the model's own."""
+
+ALLREDUCE_BUCKET = 500_000_000
+"""Values that are reduced together without ZeRO. (source: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE)"""
+
+CONTEXT_BYTES = 3 * 2**29
+"""Of a GPU, for what lives outside PyTorch's allocator: CUDA's context, cuBLAS's work spaces, NCCL's channels. An
+allowance, not a measurement."""
+
+FRAGMENTATION = 0.05
+"""Share of a GPU that is left free, for blocks that the allocator cannot use. An allowance, not a measurement."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of one rank: the fullest, where ranks differ. All but `host` are on its accelerator."""
+
+    weights: float
+    gradients: float
+    """Summed over micro-batches, as they stand before the optimizer's step."""
+    optimizer: float
+    buffers: float
+    """Of communication, gathered weights, and the largest gradient on its way into them."""
+    step: float
+    """Copies for a while during the optimizer's step, when there are no activations."""
+    host: float = 0.0
+    """What is offloaded into the host's memory."""
+
+    def total(self, activations: Activations) -> float:
+        """The most that the rank's accelerator holds, allowances left out."""
+        held = self.weights + self.gradients + self.optimizer + self.buffers
+        return held + max(activations.peak, self.step)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How DeepSpeed spreads a model over ranks: what its JSON says, and the parameters' sizes."""
+
+    zero: DeepSpeedZeroConfig
+    world_size: int
+    size: int
+    """Bytes of a weight."""
+    sum_size: int
+    """Bytes of a gradient that is summed over micro-batches."""
+    reduced_size: int
+    """Bytes of a gradient in communication."""
+    accumulates: bool
+    """A step has several micro-batches."""
+    groups: list[list[int]]
+    """Parameters of the tensors of each of the optimizer's groups."""
+    tensors: list[int]
+    """Parameters of all tensors, frozen ones too."""
+
+    @classmethod
+    def of(cls, model: nn.Module, optim: OptimConfig, settings: dict[str, Any], world_size: int) -> "Sharding":
+        """settings: what the engine gets. model: with what is frozen marked; it may be on the meta device.
+
+        Raises ConfigError for a mixture of types that DeepSpeed refuses when the engine is built.
+        """
+        zero = DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+        size = next(model.parameters()).element_size()
+        summed = settings.get("data_types", {}).get("grad_accum_dtype")
+        sum_size = _bytes_of("data_types.grad_accum_dtype", summed, size)
+        if zero.stage == 0 and sum_size != size:
+            raise ConfigError(
+                f"deepspeed: zero_optimization.stage=0 sums gradients in the model's type, but train.bf16 with "
+                f"data_types.grad_accum_dtype={summed!r} asks for another: use ZeRO-1 or above, or set it to 'bf16'"
+            )
+        return cls(
+            zero, world_size, size, sum_size,
+            _bytes_of("communication_data_type", settings.get("communication_data_type"), size),
+            settings.get("gradient_accumulation_steps", 1) > 1,
+            [[p.numel() for p in group["params"]] for group in parameter_groups(model, optim)],
+            [p.numel() for p in model.parameters()],
+        )  # fmt: skip
+
+    @cached_property
+    def trained(self) -> int:
+        return sum(map(sum, self.groups))
+
+    @cached_property
+    def parts(self) -> list[int]:
+        """ZeRO-1 and 2: parameters of each group on a rank; the flat group is filled up to a multiple of 2·N."""
+        return [2 * math.ceil(sum(group) / (2 * self.world_size)) for group in self.groups]
+
+    def shards(self, tensors: list[int]) -> int:
+        """ZeRO-3: parameters of a rank, each tensor's cut into N."""
+        return sum(math.ceil(tensor / self.world_size) for tensor in tensors)
+
+    def whole_gradients(self) -> int:
+        """Parameters of the tensors that reach into a rank's part of the flat groups: summed in the model's own type,
+        their gradients are kept whole."""
+        return max(
+            sum(_reaching(group, part, rank) for group, part in zip(self.groups, self.parts, strict=True))
+            for rank in range(self.world_size)
+        )
+
+    def states(self) -> States:
+        """What a rank holds."""
+        largest = self.size * max(map(max, self.groups))
+        if self.zero.stage == 0:
+            own = MASTER * (self.size != FP32)
+            return States(
+                self.size * sum(self.tensors), self.size * self.trained, (ADAMW + own) * self.trained,
+                self.size * min(self.trained, ALLREDUCE_BUCKET) if self.world_size > 1 else 0,
+                FP32 * self.trained * (self.size != FP32),
+            )  # fmt: skip
+        bucket = self.reduced_size * self.zero.reduce_bucket_size * (2 if self.zero.overlap_comm else 1)
+        return self._stage_3(bucket + largest) if self.zero.stage == 3 else self._stage_1_2(bucket + largest)
+
+    def _stage_1_2(self, buffers: int) -> States:
+        weights, part = self.size * sum(self.tensors), sum(self.parts)
+        same_type = self.sum_size == self.size
+        offload = bool(self.zero.offload_optimizer and self.zero.offload_optimizer.device != "none")
+        optimizer = (MASTER + ADAMW) * part
+        if self.zero.stage == 1:
+            gradients = self.sum_size * self.trained
+            if not same_type and not offload:
+                gradients += self.size * self.trained  # each micro-batch's own, beside their fp32 sum
+                buffers = 0
+        elif same_type:
+            gradients = 0 if offload else self.size * self.whole_gradients()
+        else:
+            gradients = self.sum_size * part
+        step = FP32 * max(self.parts) * same_type
+        if not offload:
+            return States(weights, gradients, optimizer, buffers, step)
+        # Master weights, moments, their gradients, and the weights on their way back; sums of several micro-batches
+        # where they are not on the accelerator.
+        host = optimizer + FP32 * part + self.size * part
+        host += FP32 * self.whole_gradients() * (gradients == 0 and self.accumulates)
+        return States(weights, gradients, 0, buffers, 0, host)
+
+    def _stage_3(self, buffers: int) -> States:
+        zero, part = self.zero, self.shards([tensor for group in self.groups for tensor in group])
+        weights, gradients = self.size * self.shards(self.tensors), self.sum_size * part
+        optimizer = (MASTER + ADAMW) * part
+        # The bucket of ZeRO-3 is not doubled. Weights stay gathered up to a limit, and the next are fetched ahead.
+        buffers -= self.reduced_size * zero.reduce_bucket_size * (1 if zero.overlap_comm else 0)
+        gathered = max(zero.max_live_parameters, *self.tensors) + zero.prefetch_bucket_size
+        buffers += self.size * min(sum(self.tensors), gathered)
+        step, host = FP32 * min(zero.sub_group_size, max(map(self.shards, self.groups))), 0
+        if zero.offload_optimizer and zero.offload_optimizer.device != "none":
+            host += optimizer + FP32 * part + gradients
+            gradients = optimizer = step = 0
+        if zero.offload_param and zero.offload_param.device != "none":
+            host += weights
+            weights = 0
+        return States(weights, gradients, optimizer, buffers, step, host)
+
+
+def _reaching(group: list[int], part: int, rank: int) -> int:
+    """Parameters of the tensors of a flat group that reach into a rank's part, and of what fills up the last one."""
+    start, found = 0, 0
+    for tensor in group:
+        if start < (rank + 1) * part and start + tensor > rank * part:
+            found += tensor
+        start += tensor
+    return found + max(0, min(part, (rank + 1) * part - start))
+
+
+def _bytes_of(key: str, name: str | None, default: int) -> int:
+    sizes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2, None: default}
+    if name not in sizes:
+        raise ConfigError(f"deepspeed: {key} is {name!r}, expected one of fp32, bf16, fp16")
+    return sizes[name]
+
+
+@dataclass(frozen=True)
+class CheckpointBytes:
+    """Bytes of weights and states in a checkpoint; its text files, a few MB with a large tokenizer, are left out."""
+
+    frozen: float
+    """Exported weights that do not train: the same in all checkpoints of a run."""
+    trained: float
+    """Exported weights that do."""
+    ranks: list[float]
+    """Of each rank's files in deepspeed/, which leave frozen weights out."""
+
+    @property
+    def each(self) -> float:
+        """What every checkpoint adds."""
+        return self.trained + sum(self.ranks)
+
+
+def checkpoint_bytes(sharding: Sharding) -> CheckpointBytes:
+    """Of one checkpoint of a run under this sharding."""
+    trained, stage = sharding.trained, sharding.zero.stage
+    if stage == 3:
+        tensors = [tensor for group in sharding.groups for tensor in group]
+        ranks = [float((MASTER + ADAMW) * sharding.shards(tensors))] * sharding.world_size
+    else:
+        states = sharding.states().optimizer if stage == 0 else (MASTER + ADAMW) * sum(sharding.parts)
+        ranks = [float(states)] + [0.0 if stage == 0 else float(states)] * (sharding.world_size - 1)
+        ranks[0] += sharding.size * trained  # the weights that train, once
+    frozen = sum(sharding.tensors) - trained
+    return CheckpointBytes(sharding.size * frozen, sharding.size * trained, ranks)
+
+
+def most_checkpoints(config: CheckpointConfig, last_step: int) -> int:
+    """Checkpoints that are on disk at once, at most: those kept, and a new one before the oldest goes."""
+    saved = {step for step in range(config.save_steps, last_step, config.save_steps)} | {last_step}
+    if not config.keep_last:
+        return len(saved)
+    for_good = {step for step in saved if config.keep_every and step % config.keep_every == 0}
+    return min(len(saved), config.keep_last + 1 + len(for_good) + config.keep_best)
+
+
+def usable(gpu_memory: float) -> float:
+    """Bytes of a GPU that tensors may take: what is left of the allowances."""
+    return gpu_memory * (1 - FRAGMENTATION) - CONTEXT_BYTES
+
+
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+"""Of `--gpu-memory`, in bytes."""
+
+
+def parse_bytes(key: str, text: str) -> float:
+    """ "80GiB" -> bytes. Raises ConfigError, naming `key`, for what is not a number above 0 with one of `UNITS`."""
+    unit = text.lstrip("0123456789. ")
+    if unit not in UNITS:
+        raise ConfigError(f"{key} {text}: unknown unit '{unit}'; expected a number with {', '.join(UNITS)}, as 80GiB")
+    try:
+        value = float(text.removesuffix(unit)) * UNITS[unit]
+    except ValueError as error:
+        raise ConfigError(f"{key} {text}: '{text.removesuffix(unit)}' is no number; write it as 80GiB") from error
+    if value <= 0:
+        raise ConfigError(f"{key} {text}: must be above 0")
+    return value
