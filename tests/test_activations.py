@@ -49,4 +49,4 @@ def test_bytes_are_those_that_autograd_keeps(name, dtype, checkpointing, packed)
     found = saved_bytes(model, inputs)
     if checkpointing:  # the rotary tables are held by what will recompute the layers, out of sight of autograd
         found += 2 * 4 * SIZES["kv_channels"] * int(shape.width)
-    assert found == pytest.approx(expected.saved + expected.loss, rel=0.02)
+    assert found == pytest.approx(expected.saved + expected.loss, rel=0.03)

@@ -9,8 +9,7 @@ Counted is what CPU and CUDA keep alike: for packed rows CUDA's kernel keeps up 
 """
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 from trainer.flops import BatchShape, Layer, clip_layer, layers_read, qwen_layer, trains
 from trainer.models.linear_cross_entropy import CHUNK_LOGITS
@@ -75,13 +74,13 @@ def activation_bytes(
     )
 
 
-def _rms_norm(norm: nn.Module, size: int, reached: bool) -> float:
+def _rms_norm(norm: Any, size: int, reached: bool) -> float:
     """Bytes a token: input and root in fp32; what the weight scales, if that trains."""
     width = norm.weight.numel()
     return FP32 * (width + 1) * reached + size * width * trains(norm)
 
 
-def _layer_norm(norm: nn.Module, size: int, reached: bool) -> float:
+def _layer_norm(norm: Any, size: int, reached: bool) -> float:
     """Bytes a token: input, mean and root."""
     return (size * norm.weight.numel() + 2 * FP32) * (reached or trains(norm))
 

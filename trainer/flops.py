@@ -10,7 +10,8 @@ Causal attention counts the half of the square that is needed: 2·A·S² for a d
 wide together. What activation checkpointing computes a second time is kept apart: MFU leaves it out, HFU counts it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -39,6 +40,19 @@ class BatchShape:
         """Rows padded to a common width."""
         return cls(rows * width, rows * width**2, images, supervised)
 
+    def __mul__(self, rows: float) -> "BatchShape":
+        """So many rows like this one."""
+        return BatchShape(
+            rows * self.tokens, rows * self.squares, rows * self.images, rows * self.supervised, self.packed
+        )
+
+    def __add__(self, other: "BatchShape") -> "BatchShape":
+        """Both together."""
+        return BatchShape(
+            self.tokens + other.tokens, self.squares + other.squares, self.images + other.images,
+            self.supervised + other.supervised, self.packed,
+        )  # fmt: skip
+
     @property
     def width(self) -> float:
         """Tokens of the tensors' second dimension."""
@@ -64,9 +78,6 @@ class Flops:
         """What the model needs, whatever the implementation: the numerator of MFU."""
         return self.tower + self.projector + self.linear + self.attention + self.head
 
-    def __mul__(self, factor: float) -> "Flops":
-        return Flops(**{field.name: getattr(self, field.name) * factor for field in fields(self)})
-
 
 def trains(*modules: nn.Module) -> bool:
     """Whether any parameter of these modules does."""
@@ -83,11 +94,11 @@ def layers_read(model: MQWenForConditionalGeneration) -> int:
 class Layer:
     """What a pre-norm transformer layer multiplies with, whether Qwen's or CLIP's."""
 
-    norm_1: nn.Module
+    norm_1: Any
     projections: list[nn.Linear]
     """To query, key and value."""
     output: nn.Linear
-    norm_2: nn.Module
+    norm_2: Any
     wide: list[nn.Linear]
     """Into the width of the MLP."""
     narrow: nn.Linear
@@ -111,12 +122,12 @@ class Layer:
         return projections, attention, wide, wide or trains(*self.wide)
 
 
-def qwen_layer(block: nn.Module) -> Layer:
+def qwen_layer(block: Any) -> Layer:
     attn, mlp = block.attn, block.mlp
     return Layer(block.ln_1, [attn.c_attn], attn.c_proj, block.ln_2, [mlp.w1, mlp.w2], mlp.c_proj)
 
 
-def clip_layer(layer: nn.Module) -> Layer:
+def clip_layer(layer: Any) -> Layer:
     attn, mlp = layer.self_attn, layer.mlp
     projections = [attn.q_proj, attn.k_proj, attn.v_proj]
     return Layer(layer.layer_norm1, projections, attn.out_proj, layer.layer_norm2, [mlp.fc1], mlp.fc2)

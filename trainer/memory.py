@@ -7,6 +7,9 @@ weights and (4 + 12)·n/N of sums and AdamW, ZeRO-3 (2 + 4 + 12)·n/N and what i
 take their weights only.
 """
 
+import bisect
+import itertools
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +18,11 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
-from trainer.activations import FP32, Activations
-from trainer.config import CheckpointConfig, OptimConfig
+from trainer.activations import FP32, Activations, activation_bytes
+from trainer.config import CheckpointConfig, Config, OptimConfig, find_deepspeed
 from trainer.errors import ConfigError
+from trainer.flops import BatchShape
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.optim import parameter_groups
 
 ADAMW = 2 * FP32
@@ -99,6 +104,11 @@ class Sharding:
             [[p.numel() for p in group["params"]] for group in parameter_groups(model, optim)],
             [p.numel() for p in model.parameters()],
         )  # fmt: skip
+
+    @property
+    def offloads(self) -> bool:
+        """Optimizer states, or weights, are in the host's memory."""
+        return any(part and part.device != "none" for part in (self.zero.offload_optimizer, self.zero.offload_param))
 
     @cached_property
     def trained(self) -> int:
@@ -233,8 +243,62 @@ def most_checkpoints(config: CheckpointConfig, last_step: int) -> int:
 
 
 def usable(gpu_memory: float) -> float:
-    """Bytes of a GPU that tensors may take: what is left of the allowances."""
+    """Bytes of a GPU that tensors may take: what the allowances leave."""
     return gpu_memory * (1 - FRAGMENTATION) - CONTEXT_BYTES
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to spread a model over the ranks."""
+
+    name: str
+    file: str | None
+    """DeepSpeed's JSON, where there is one of it: the configuration's own, or of the repository."""
+    sharding: Sharding | None
+    """None where DeepSpeed refuses it."""
+    own: bool = False
+    """The configuration's."""
+
+
+REPOSITORY = {"ZeRO-2": "ds_configs/zero2.json", "ZeRO-3": "ds_configs/zero3.json",
+              "ZeRO-3, offload": "ds_configs/zero3_offload.json"}  # fmt: skip
+
+
+def options(model: nn.Module, config: Config, settings: dict[str, Any], world_size: int) -> list[Option]:
+    """ZeRO-0 to 3, with and without offload. settings: of the configuration's own JSON, which takes its place.
+
+    Raises ConfigError where the configuration's own is refused.
+    """
+    own = Sharding.of(model, config.optim, settings, world_size)
+    sections = {name: json.loads(find_deepspeed(file).read_text())["zero_optimization"]
+                for name, file in REPOSITORY.items()}  # fmt: skip
+    offload = {"offload_optimizer": sections["ZeRO-3, offload"]["offload_optimizer"]}
+    found = []
+    for stage, offloads in itertools.product(range(4), (False, True)):
+        name = f"ZeRO-{stage}" + ", offload" * offloads
+        if stage == 0 and offloads:
+            continue
+        section = sections.get(name) or {**sections["ZeRO-2"], "stage": stage, **(offload if offloads else {})}
+        if (own.zero.stage, own.offloads) == (stage, offloads):
+            found.append(Option(name, config.deepspeed, own, own=True))
+            continue
+        try:
+            sharding = Sharding.of(model, config.optim, {**settings, "zero_optimization": section}, world_size)
+        except ConfigError:
+            sharding = None
+        found.append(Option(name, REPOSITORY.get(name), sharding))
+    return found
+
+
+def largest_batch(
+    model: MQWenForConditionalGeneration, states: States, row: BatchShape, checkpointing: bool, room: float, most: int
+) -> int:
+    """Rows that fit into so many bytes of a rank's accelerator, up to `most`; 0 where not even one does."""
+
+    def too_large(rows: int) -> bool:
+        return states.total(activation_bytes(model, row * rows, checkpointing)) > room
+
+    return bisect.bisect_left(range(1, most + 1), True, key=too_large)
 
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
