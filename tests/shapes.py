@@ -5,13 +5,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import conftest
 import torch
-from transformers import CLIPVisionConfig
+import yaml
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from trainer.flops import BatchShape
 from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+from trainer.models.modeling_qwen import QWenLMHeadModel
 from trainer.train import packed_inputs
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "kv_channels": 64,
@@ -76,3 +79,33 @@ def write_configs(folder: Path, size: str) -> None:
                            ("clip", {"model_type": "clip_vision_model", **CLIP_L})):  # fmt: skip
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(settings))
+
+
+def write_small_run(folder: Path) -> Path:
+    """A configuration over models in real proportions, large enough that the headers of files do not count: its YAML
+    file."""
+    conftest.write_tiny_models(folder)
+    conftest.write_tiny_shards(folder / "shards")
+    # An odd vocabulary: nothing comes out even on two ranks.
+    QWenLMHeadModel(QWenConfig(**{**SIZES, "num_hidden_layers": 2, "vocab_size": 3001})).save_pretrained(
+        folder / "qwen"
+    )
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder / "clip")
+    config = {
+        "run": {"output_dir": str(folder / "run")},
+        "model": {
+            "language_model": str(folder / "qwen"),
+            "vision_tower": str(folder / "clip"),
+            "tokenizer": str(folder / "tiny-qwen"),
+        },
+        "data": {
+            "train": [{"name": "tiny", "shards": str(folder / "shards" / "*.tar")}],
+            "max_length": 300,
+            "num_workers": 0,
+            "system_prompt": "",
+        },
+        "train": {"max_steps": 1, "global_batch_size": 8, "micro_batch_size": 2, "bf16": False},
+        "eval": {"every_steps": 0},
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    return folder / "small.yaml"

@@ -31,13 +31,19 @@ class Activations:
     """With activation checkpointing: what one layer at a time keeps, while it is computed again."""
     logits: float
     """For a while: the logits of a chunk in two types, and the sum of the head's gradient."""
-    backward: float
-    """For a while: gradients of the activations of a layer."""
+    norm: float
+    """For a while: what the backward pass of a norm makes in fp32, the first time while all layers are still kept."""
+    mlp: float
+    """For a while: gradients of the activations of an MLP."""
+
+    @property
+    def working(self) -> float:
+        """The most that is there for a while only: logits, last norm and last layer have their turns."""
+        return max(self.logits, self.norm, self.recomputed + self.mlp)
 
     @property
     def peak(self) -> float:
-        """An upper bound: the logits are gone when the layers' backward begins."""
-        return self.saved + self.loss + self.recomputed + self.logits + self.backward
+        return self.saved + self.loss + self.working
 
 
 def activation_bytes(
@@ -58,10 +64,14 @@ def activation_bytes(
     for layer in map(qwen_layer, text.h):
         layers.append(shape.tokens * _qwen_layer(layer, heads, size, reached, shape.packed))
         reached = reached or layer.trains
-    saved += shape.tokens * size * width * len(layers) if checkpointing else sum(layers)
+    if checkpointing:  # the layers' inputs; and a frozen embedding's output, which is made to want a gradient
+        saved += shape.tokens * size * width * (len(layers) + (not trains(text.wte)))
+    else:
+        saved += sum(layers)
     saved += shape.tokens * _rms_norm(text.ln_f, size, reached)
     reached = reached or trains(text.ln_f)
 
+    last = qwen_layer(text.h[-1])
     head_values = vocabulary * width * trains(head)
     chunk = min(shape.supervised, max(1, CHUNK_LOGITS // vocabulary)) * vocabulary
     return Activations(
@@ -69,8 +79,9 @@ def activation_bytes(
         loss=size * shape.supervised * width * reached + 8 * shape.supervised + size * head_values,
         recomputed=max(tower_layer, *layers) if checkpointing else 0.0,
         logits=2 * FP32 * chunk + (FP32 + size) * head_values,
-        # The MLP's three branches, or the norms and rotations in fp32, whichever is wider.
-        backward=shape.tokens * max(4 * size * qwen_layer(text.h[0]).narrow.in_features, 6 * FP32 * width) * reached,
+        norm=5 * FP32 * shape.tokens * width * reached,
+        # Of three branches; but what the last product of a trained one keeps is gone by then.
+        mlp=size * shape.tokens * last.narrow.in_features * (3 - trains(last.narrow)) * reached,
     )
 
 

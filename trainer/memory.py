@@ -48,7 +48,7 @@ class States:
 
     weights: float
     gradients: float
-    """Summed over micro-batches, as they stand before the optimizer's step."""
+    """Summed over micro-batches, at the most between a backward pass and the optimizer's step."""
     optimizer: float
     buffers: float
     """Of communication, gathered weights, and the largest gradient on its way into them."""
@@ -233,13 +233,17 @@ def checkpoint_bytes(sharding: Sharding) -> CheckpointBytes:
     return CheckpointBytes(sharding.size * frozen, sharding.size * trained, ranks)
 
 
-def most_checkpoints(config: CheckpointConfig, last_step: int) -> int:
-    """Checkpoints that are on disk at once, at most: those kept, and a new one before the oldest goes."""
-    saved = {step for step in range(config.save_steps, last_step, config.save_steps)} | {last_step}
-    if not config.keep_last:
-        return len(saved)
+def most_checkpoints(config: CheckpointConfig, last_step: int | None) -> int:
+    """Checkpoints that are on disk at once, at most: those kept, and a new one before the oldest goes.
+
+    last_step: None where it is not known, which does only with `keep_last` and without `keep_every`.
+    """
+    kept = config.keep_last + 1 + config.keep_best
+    if last_step is None:
+        return kept
+    saved = {*range(config.save_steps, last_step, config.save_steps), last_step}
     for_good = {step for step in saved if config.keep_every and step % config.keep_every == 0}
-    return min(len(saved), config.keep_last + 1 + len(for_good) + config.keep_best)
+    return min(len(saved), kept + len(for_good)) if config.keep_last else len(saved)
 
 
 def usable(gpu_memory: float) -> float:

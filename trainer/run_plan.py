@@ -31,7 +31,7 @@ from trainer.memory import (
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.rows import Rows, full_rows, missing_shards, open_rows
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 ENOUGH_TOKENS = 4096
 """Tokens of a micro-batch from which more of them hardly make a GPU faster: a rule of thumb, not a measurement."""
@@ -126,31 +126,33 @@ def _data(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan, gpu_memory: float) -> list[str]:
     checkpointing, room = plan.config.model.activation_checkpointing, usable(gpu_memory)
+    tokens = plan.rows.widest.tokens
     activations = activation_bytes(plan.model, plan.rows.widest * plan.micro_rows, checkpointing)
-    loss = activations.loss + activations.logits
-    widest = plan.rows.widest
+    of_batch = (activations.saved, activations.loss, activations.working)
+    bytes_of = [(option, option.sharding.states()) for option in plan.options if option.sharding]
+    largest = max(states.total(activations) for _, states in bytes_of)
+    unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
+    columns = ("weights", "grads", "AdamW", "buffers", "activ.", "loss", "working", "total", "host", "kept", "recomp.")
     lines = [
-        f"GiB a rank, micro-batches of {plan.micro_rows:,.4g} x {widest.tokens:,} tokens, activations "
-        f"{'recomputed' if checkpointing else 'kept'}; rows that fit on a GPU of {gpu_memory / GIB:.4g} GiB, less "
-        f"{FRAGMENTATION:.0%}",
-        f"for fragmentation and {CONTEXT_BYTES / GIB:.2g} GiB for CUDA's context (assumed), if activations are kept "
-        f"or recomputed; a rank has {plan.rank_rows:,} a step",
-        f"{'':18}" + "".join(f"{name:>9}" for name in (
-            "weights", "grads", "AdamW", "buffers", "activ.", "loss", "total", "host", "kept", "recomp.")),
-    ]  # fmt: skip
-    for option in plan.options:
-        name = f"{'*' if option.own else ' '} {option.name}"
-        if option.sharding is None:
-            lines.append(f"{name:18}  DeepSpeed refuses it with these types")
-            continue
-        states = option.sharding.states()
-        figures = (states.weights, states.gradients, states.optimizer, states.buffers, activations.peak - loss, loss,
-                   states.total(activations), states.host)  # fmt: skip
+        f"{name} a rank, micro-batches of {plan.micro_rows:,.4g} x {tokens:,} tokens, activations "
+        f"{'recomputed' if checkpointing else 'kept'}; on the right the largest micro-batch",
+        f"on a GPU of {size(gpu_memory)}, less {FRAGMENTATION:.0%} for fragmentation and {size(CONTEXT_BYTES)} for "
+        f"CUDA's context (both assumed),",
+        f"out of the {plan.rank_rows:,} rows of a rank in a step, with activations kept and recomputed",
+        f"{'':18}" + "".join(f"{column:>9}" for column in columns),
+    ]
+    for option, states in bytes_of:
+        of_rank = (states.weights, states.gradients, states.optimizer, states.buffers)
+        figures = (*of_rank, *of_batch, states.total(activations), states.host)
         fitting = [plan.fitting(option, recomputed, room) for recomputed in (False, True)]
-        lines.append(f"{name:18}" + "".join(f"{n / GIB:9.2f}" for n in figures) + "".join(f"{n:9,}" for n in fitting))
-    size = plan.own.sharding.size if plan.own.sharding else 0
-    whole = size * sum(p.numel() for p in plan.model.parameters())
-    return [*lines, f"* as configured. While the model is loaded each rank has {whole / GIB:.2f} GiB more on its host."]
+        lines.append(
+            f"{'*' if option.own else ' '} {option.name:16}"
+            + "".join(f"{n / unit:9,.2f}" for n in figures) + "".join(f"{n:9,}" for n in fitting)
+        )  # fmt: skip
+    whole = sum(p.numel() * p.element_size() for p in plan.model.parameters())
+    lines.append(f"* as configured. While the model is loaded, a rank has {size(whole)} more on its host.")
+    lines += [f"{option.name}: DeepSpeed refuses it with these types" for option in plan.options if not option.sharding]
+    return lines
 
 
 def _time(plan: Plan, mfu: float, peak: float) -> list[str]:
@@ -183,24 +185,23 @@ def _duration(seconds: float) -> str:
 
 def _disk(plan: Plan) -> list[str]:
     assert plan.own.sharding is not None
-    config, size = plan.config.checkpoint, checkpoint_bytes(plan.own.sharding)
-    others = max(size.ranks[1:], default=0.0)
+    config, found = plan.config.checkpoint, checkpoint_bytes(plan.own.sharding)
+    others = max(found.ranks[1:], default=0.0)
     lines = [
-        f"frozen weights, once a run: {size.frozen / GIB:.2f} GiB",
-        f"each checkpoint: {size.each / GIB:.2f} GiB (hf/ {size.trained / GIB:.2f}; deepspeed/ rank 0 "
-        f"{size.ranks[0] / GIB:.2f}, others {others / GIB:.2f} each)",
+        f"frozen weights, once a run: {size(found.frozen)}",
+        f"each checkpoint: {size(found.each)} (hf/ {size(found.trained)}; deepspeed/ {size(found.ranks[0])} of rank 0, "
+        f"{size(others)} of each other)",
     ]
     folder = Path(plan.config.run.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if plan.rows.last_step is None and not config.keep_last:
-        return [*lines, "in all: as many as the run saves, whose steps are not known (checkpoint.keep_last=0)"]
-    count = most_checkpoints(config, plan.rows.last_step or 10**9)
-    total = size.frozen + count * size.each
-    lines.append(f"in all, with {count:,} at a time while one is written: {total / GIB:,.2f} GiB; "
-                 f"free in {folder}: {free / GIB:,.1f} GiB" + " - TOO LITTLE" * (total > free))  # fmt: skip
-    return lines
+    if plan.rows.last_step is None and not (config.keep_last and not config.keep_every):
+        return [*lines, "in all: as many as the run saves and keeps; its steps are not known"]
+    count = most_checkpoints(config, plan.rows.last_step)
+    total = found.frozen + count * found.each
+    return [*lines, f"in all, {count:,} at a time while one is written: {size(total)}; free in {folder}: {size(free)}"
+                    + "  TOO LITTLE" * (total > free)]  # fmt: skip
 
 
 def _recommended(plan: Plan, gpu_memory: float) -> list[str]:
@@ -251,7 +252,7 @@ def compared(plan: Plan, measured: Measured) -> str:
 
 def size(count: float) -> str:
     """Bytes with a unit."""
-    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.2f} MiB"
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / MIB:,.2f} MiB"
 
 
 def _divisor(number: int, most: int) -> int:
