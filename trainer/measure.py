@@ -148,7 +148,9 @@ def held(engine: deepspeed.DeepSpeedEngine) -> Held:
         "accumulated_grads_in_cpu",
     )  # fmt: skip
     return Held(
-        weights=distinct([getattr(p, "ds_tensor", p) for p in parameters]),
+        weights=distinct(
+            [getattr(p, "ds_tensor", p) for p in parameters] + named("param_buffer_of_bit16_for_cpu_offload_groups")
+        ),
         gradients=distinct(gradients, apart_from=buckets),
         optimizer=distinct([masters, [list(state.values()) for state in inner.state.values()]]),
     )

@@ -11,10 +11,12 @@ import bisect
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from deepspeed.runtime.config import DtypeEnum
+from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
@@ -30,9 +32,6 @@ ADAMW = 2 * FP32
 
 MASTER = FP32
 """Bytes a parameter of the weights that AdamW updates, where they are not the model's own."""
-
-ALLREDUCE_BUCKET = 500_000_000
-"""Values that are reduced together without ZeRO. (source: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE)"""
 
 CONTEXT_BYTES = 3 * 2**29
 """Of a GPU, for what lives outside PyTorch's allocator: CUDA's context, cuBLAS's work spaces, NCCL's channels. An
@@ -106,9 +105,17 @@ class Sharding:
         )  # fmt: skip
 
     @property
+    def offloads_optimizer(self) -> bool:
+        return bool(self.zero.offload_optimizer and self.zero.offload_optimizer.device != "none")
+
+    @property
+    def offloads_weights(self) -> bool:
+        return bool(self.zero.offload_param and self.zero.offload_param.device != "none")
+
+    @property
     def offloads(self) -> bool:
-        """Optimizer states, or weights, are in the host's memory."""
-        return any(part and part.device != "none" for part in (self.zero.offload_optimizer, self.zero.offload_param))
+        """Anything is in the host's memory."""
+        return self.offloads_optimizer or self.offloads_weights
 
     @cached_property
     def trained(self) -> int:
@@ -133,55 +140,64 @@ class Sharding:
 
     def states(self) -> States:
         """What a rank holds."""
-        largest = self.size * max(map(max, self.groups))
-        if self.zero.stage == 0:
-            own = MASTER * (self.size != FP32)
-            return States(
-                self.size * sum(self.tensors), self.size * self.trained, (ADAMW + own) * self.trained,
-                self.size * min(self.trained, ALLREDUCE_BUCKET) if self.world_size > 1 else 0,
-                FP32 * self.trained * (self.size != FP32),
-            )  # fmt: skip
-        bucket = self.reduced_size * self.zero.reduce_bucket_size * (2 if self.zero.overlap_comm else 1)
-        return self._stage_3(bucket + largest) if self.zero.stage == 3 else self._stage_1_2(bucket + largest)
+        return (self._stage_0, self._stage_1, self._stage_2, self._stage_3)[self.zero.stage]()
 
-    def _stage_1_2(self, buffers: int) -> States:
-        weights, part = self.size * sum(self.tensors), sum(self.parts)
-        same_type = self.sum_size == self.size
-        offload = bool(self.zero.offload_optimizer and self.zero.offload_optimizer.device != "none")
-        optimizer = (MASTER + ADAMW) * part
-        if self.zero.stage == 1:
-            gradients = self.sum_size * self.trained
-            if not same_type and not offload:
-                gradients += self.size * self.trained  # each micro-batch's own, beside their fp32 sum
-                buffers = 0
-        elif same_type:
-            gradients = 0 if offload else self.size * self.whole_gradients()
-        else:
-            gradients = self.sum_size * part
-        step = FP32 * max(self.parts) * same_type
-        if not offload:
-            return States(weights, gradients, optimizer, buffers, step)
-        # Master weights, moments, their gradients, and the weights on their way back; sums of several micro-batches
-        # where they are not on the accelerator.
-        host = optimizer + FP32 * part + self.size * part
-        host += FP32 * self.whole_gradients() * (gradients == 0 and self.accumulates)
-        return States(weights, gradients, 0, buffers, 0, host)
+    @property
+    def _bucket(self) -> int:
+        """Bytes of gradients that are reduced together, and of the largest on its way there."""
+        return self.reduced_size * self.zero.reduce_bucket_size + self.size * max(map(max, self.groups))
 
-    def _stage_3(self, buffers: int) -> States:
-        zero, part = self.zero, self.shards([tensor for group in self.groups for tensor in group])
-        weights, gradients = self.size * self.shards(self.tensors), self.sum_size * part
-        optimizer = (MASTER + ADAMW) * part
-        # The bucket of ZeRO-3 is not doubled. Weights stay gathered up to a limit, and the next are fetched ahead.
-        buffers -= self.reduced_size * zero.reduce_bucket_size * (1 if zero.overlap_comm else 0)
-        gathered = max(zero.max_live_parameters, *self.tensors) + zero.prefetch_bucket_size
-        buffers += self.size * min(sum(self.tensors), gathered)
-        step, host = FP32 * min(zero.sub_group_size, max(map(self.shards, self.groups))), 0
-        if zero.offload_optimizer and zero.offload_optimizer.device != "none":
-            host += optimizer + FP32 * part + gradients
+    def _stage_0(self) -> States:
+        other_type = self.size != FP32
+        return States(
+            weights=self.size * sum(self.tensors), gradients=self.size * self.trained,
+            optimizer=(ADAMW + MASTER * other_type) * self.trained,
+            buffers=self.size * min(self.trained, MEMORY_OPT_ALLREDUCE_SIZE) * (self.world_size > 1),
+            step=FP32 * self.trained * other_type,
+        )  # fmt: skip
+
+    def _stage_1(self) -> States:
+        states, gradients = self._stage_2(), self.sum_size * self.trained
+        if self.offloads:
+            # The sums are on the accelerator, and are reduced in their own type.
+            bucket = (self.sum_size - self.size) * self.zero.reduce_bucket_size
+            host = (MASTER + ADAMW + FP32 + self.size) * sum(self.parts)
+            return replace(states, gradients=gradients, buffers=states.buffers + bucket, host=host)
+        if self.sum_size == self.size:
+            return replace(states, gradients=gradients)
+        # In bf16 with fp32 sums another optimizer is at work: no bucket, and a micro-batch's own gradients stay too.
+        return replace(states, gradients=gradients + self.size * self.trained, buffers=0)
+
+    def _stage_2(self) -> States:
+        part, same_type = sum(self.parts), self.sum_size == self.size
+        gradients = self.size * self.whole_gradients() if same_type else self.sum_size * part
+        optimizer, host = (MASTER + ADAMW) * part, 0
+        if self.offloads:
+            # With the moments go their gradients in fp32, and the weights on their way back; and the sums, where they
+            # are of the model's type.
+            host = (MASTER + ADAMW + FP32 + self.size) * part
+            host += gradients * (same_type and self.accumulates)
+            gradients, optimizer = gradients * (not same_type), 0
+        return States(
+            weights=self.size * sum(self.tensors), gradients=gradients, optimizer=optimizer,
+            buffers=self._bucket + self.reduced_size * self.zero.reduce_bucket_size * bool(self.zero.overlap_comm),
+            step=FP32 * max(self.parts) * (same_type and not self.offloads), host=host,
+        )  # fmt: skip
+
+    def _stage_3(self) -> States:
+        part = self.shards([tensor for group in self.groups for tensor in group])
+        weights, gradients, optimizer = (
+            self.size * self.shards(self.tensors), self.sum_size * part, (MASTER + ADAMW) * part
+        )  # fmt: skip
+        step, host = FP32 * min(self.zero.sub_group_size, max(map(self.shards, self.groups))), 0
+        # Weights stay gathered up to a limit, and the next are fetched ahead.
+        gathered = max(self.zero.max_live_parameters, *self.tensors) + self.zero.prefetch_bucket_size
+        if self.offloads_optimizer:
+            host = optimizer + FP32 * part + gradients
             gradients = optimizer = step = 0
-        if zero.offload_param and zero.offload_param.device != "none":
-            host += weights
-            weights = 0
+        if self.offloads_weights:
+            weights, host = 0, host + weights
+        buffers = self._bucket + self.size * min(sum(self.tensors), gathered)
         return States(weights, gradients, optimizer, buffers, step, host)
 
 
@@ -196,10 +212,11 @@ def _reaching(group: list[int], part: int, rank: int) -> int:
 
 
 def _bytes_of(key: str, name: str | None, default: int) -> int:
-    sizes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2, None: default}
-    if name not in sizes:
-        raise ConfigError(f"deepspeed: {key} is {name!r}, expected one of fp32, bf16, fp16")
-    return sizes[name]
+    """Bytes of a value of a type as DeepSpeed's JSON names it."""
+    try:
+        return default if name is None else DtypeEnum(name).value.itemsize
+    except ValueError as error:
+        raise ConfigError(f"deepspeed: {key} is {name!r}, expected fp32, bf16 or fp16") from error
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ configuration -> model on the meta device, rows, ways to shard -> text
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,6 @@ from trainer.engine import deepspeed_settings
 from trainer.flops import step_flops
 from trainer.freeze import freeze, table
 from trainer.load import load_tokenizer, meta_model
-from trainer.measure import Measured
 from trainer.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -30,6 +30,9 @@ from trainer.memory import (
 )
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.rows import Rows, full_rows, missing_shards, open_rows
+
+if TYPE_CHECKING:
+    from trainer.measure import Measured  # imports training, slowly
 
 MIB, GIB = 2**20, 2**30
 
@@ -90,9 +93,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
 def report(plan: Plan, gpu_memory: float, mfu: float, peak: float) -> str:
     """The plan in one screen or two. gpu_memory: bytes of a GPU; peak: its operations a second."""
     train = plan.config.train
-    title = (
-        f"{plan.config.run.name}: {plan.world_size} ranks, {'bf16' if train.bf16 else 'fp32'}, {plan.config.deepspeed}"
-    )
+    ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
+    title = f"{plan.config.run.name}: {ranks}, {'bf16' if train.bf16 else 'fp32'}, {plan.config.deepspeed}"
     parts = {
         title: ["Planned, not measured."],
         "data": _data(plan),
@@ -118,9 +120,12 @@ def _data(plan: Plan) -> list[str]:
     if rows.epoch_size is not None:
         lines.append(f"steps an epoch: {rows.epoch_size / train.global_batch_size:,.1f}")
         if rows.epoch_size < train.global_batch_size:
-            lines.append("an epoch has fewer rows than a step: it is seen more than once in each")
+            lines.append("an epoch has fewer rows than a step")
     if rows.last_step is not None:
         lines.append(f"steps of the run: {rows.last_step:,}")
+        if train.epochs is not None and rows.epoch_size is not None:
+            empty = rows.last_step * train.global_batch_size - train.epochs * rows.epoch_size
+            lines[-1] += f"; {empty:,} places of the last stay empty"
     return lines
 
 
@@ -229,25 +234,29 @@ def _recommended(plan: Plan, gpu_memory: float) -> list[str]:
     return [*lines, f"--set deepspeed={option.file} model.activation_checkpointing={str(recomputed).lower()} {batch}"]
 
 
-def compared(plan: Plan, measured: Measured) -> str:
+def compared(plan: Plan, measured: "Measured") -> str:
     """What was planned for the measured batch, beside what was measured. plan: for the ranks that measured it."""
     assert plan.own.sharding is not None
-    checkpointing, states = plan.config.model.activation_checkpointing, plan.own.sharding.states()
-    planned = states.total(activation_bytes(plan.model, measured.shape, checkpointing))
+    checkpointing, states, held = plan.config.model.activation_checkpointing, plan.own.sharding.states(), measured.held
+    peak = states.total(activation_bytes(plan.model, measured.shape, checkpointing))
+    if not torch.cuda.is_available():
+        peak += states.host  # all is in one memory
     work = step_flops(plan.model, measured.shape * measured.micro_batches, checkpointing)
-    held = measured.held
-    on_host = " (host)" if plan.own.sharding.offloads else ""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    of_parts = [("weights", states.weights, held.weights), ("gradients", states.gradients, held.gradients),
+                ("AdamW", states.optimizer, held.optimizer)]  # fmt: skip
+    if plan.own.sharding.offloads:  # then what is where is not told apart
+        planned = states.weights + states.gradients + states.optimizer + states.host
+        of_parts = [("all three, offloaded", planned, held.weights + held.gradients + held.optimizer)]
+    rows = [*of_parts, ("peak of tensors", peak, measured.peak)]
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
     lines = [
-        f"{measured.micro_batches} micro-batches of {measured.shape.tokens:,} tokens and {measured.shape.images} "
-        f"pictures on each of {plan.world_size} ranks, {where}",
+        f"a step of {measured.micro_batches} x {measured.shape.tokens:,} tokens and {measured.shape.images} pictures "
+        f"a rank, world size {plan.world_size}, on {where}",
         f"{'':24}{'planned':>14}{'measured':>14}",
-        *(f"{name:24}{size(ours):>14}{size(theirs):>14}" for name, ours, theirs in (
-            ("weights", states.weights, held.weights), ("gradients", states.gradients, held.gradients),
-            ("AdamW", states.optimizer, held.optimizer), ("peak of tensors", planned, measured.peak))),
+        *(f"{name:24}{size(ours):>14}{size(theirs):>14}" for name, ours, theirs in rows),
         f"seconds a step: {measured.seconds:.3g}, {work.total / measured.seconds / 1e12:.3g} TFLOP/s a rank",
-    ]  # fmt: skip
-    return "\n  ".join([f"measured{on_host}", *lines])
+    ]
+    return "\n  ".join(["measured", *lines])
 
 
 def size(count: float) -> str:
