@@ -7,7 +7,7 @@ expected is the formula's total and once more its attention.
 
 import pytest
 import torch
-from shapes import SIZES, batch_of, full_model, small_model
+from shapes import SIZES, batch_of, full_model, recompute, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +39,7 @@ def test_flops_are_those_that_are_counted(name, checkpointing, packed):
     model = small_model()
     freeze(model, FROZEN[name])
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
     inputs, shape = batch_of(model, packed)
     found = counted(model, inputs)
     expected = step_flops(model, shape, checkpointing)

@@ -14,7 +14,8 @@ from shapes import QWEN, write_configs, write_small_run
 
 from trainer.activations import activation_bytes
 from trainer.config import Config
-from trainer.errors import ConfigError
+from trainer.dist import log
+from trainer.errors import ConfigError, DataError
 from trainer.memory import usable
 from trainer.run_plan import ENOUGH_TOKENS, make_plan
 
@@ -41,6 +42,21 @@ def full_run(tmp_path):
         return tmp_path / "full.yaml"
 
     return make
+
+
+@pytest.fixture
+def planned(monkeypatch, capsys):
+    """Runs the command in this process, and undoes what it sets: what it prints."""
+    level = log.level
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        plan.main()
+        return capsys.readouterr().out
+
+    yield run
+    log.setLevel(level)
 
 
 def numbers(line: str) -> list[float]:
@@ -90,20 +106,16 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not(full_run):
     assert 0 < planned.fitting(planned.own, False, room) < planned.fitting(planned.own, True, room) == 16
 
 
-def test_what_is_recommended_fits_by_its_own_account(full_run):
+def test_what_is_recommended_fits_by_its_own_account(full_run, planned):
     file = full_run("Qwen-7B", "stage2")
     asked = ["--config", str(file), "--world-size", "8", "--gpu-memory", "20GiB"]
-    done = command("python", "launch/plan.py", *asked)
-    assert "as configured it does NOT fit" in done.stdout
-    (line,) = [line for line in done.stdout.splitlines() if line.strip().startswith("--set ")]
-    again = command("python", "launch/plan.py", *asked, *line.split())
-    assert again.returncode == 0, again.stderr
-    assert "as configured it fits" in again.stdout
+    said = planned(*asked)
+    assert "as configured it does NOT fit" in said
+    (line,) = [line for line in said.splitlines() if line.strip().startswith("--set ")]
+    assert "as configured it fits" in planned(*asked, *line.split())
     assert int(line.rpartition("=")[2]) * 2048 >= ENOUGH_TOKENS
     # And on a GPU that is too small for one row nothing is.
-    done = command("python", "launch/plan.py", *asked[:-1], "6GiB")
-    assert done.returncode == 0
-    assert "nothing fits, even a single row" in done.stdout
+    assert "nothing fits, even a single row" in planned(*asked[:-1], "6GiB")
 
 
 MODES = {
@@ -157,15 +169,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_is_refused_by_name(tiny_run, tmp_path, monkeypatch, name):
+def test_what_cannot_be_is_refused_by_name(tiny_run, tmp_path, planned, name):
     for stage in (0, 4):
         (tmp_path / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     (tmp_path / "sums.json").write_text(json.dumps({"data_types": {"grad_accum_dtype": "fp8"}}))
     arguments, said = REFUSED[name]
     arguments = [argument.replace("{folder}", str(tmp_path)) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--config", str(tiny_run), *arguments])
     with pytest.raises(ConfigError) as error:
-        plan.main()
+        planned("--config", str(tiny_run), *arguments)
     for words in said:
         assert words in str(error.value)
 
@@ -177,12 +188,10 @@ def test_a_refusal_is_one_message_and_exit_code_2(tiny_run):
     assert "Traceback" not in done.stderr
 
 
-def test_damaged_shards_are_an_error_and_no_assumption(tiny_run, tmp_path):
+def test_damaged_shards_are_an_error_and_no_assumption(tiny_run, tmp_path, planned):
     (tmp_path / "cut.tar").write_bytes(b"no tar at all")
-    shards = f"data.train=[{{name: a, shards: {tmp_path}/cut.tar}}]"
-    done = command("python", "launch/plan.py", "--config", str(tiny_run), "--set", shards)
-    assert done.returncode == 2
-    assert "cut.tar" in done.stderr
+    with pytest.raises(DataError, match="cut.tar"):
+        planned("--config", str(tiny_run), "--set", f"data.train=[{{name: a, shards: {tmp_path}/cut.tar}}]")
 
 
 @pytest.mark.parametrize("mode", ["samples", "packs"])
