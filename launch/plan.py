@@ -1,10 +1,12 @@
 """What a run will take, before a GPU is busy: memory a rank, the largest micro-batch, time, disk.
 
-    python launch/plan.py --config X [--world-size N] [--set section.key=value ...] [--gpu-memory 80GiB] [--measure]
+    python launch/plan.py --config X [--world-size N] [--set section.key=value ...] [--gpu-memory 80GiB]
+        [--mfu 0.4] [--peak-tflops 989] [--measure]
 
 Reads config.json files and the shards' indexes, and no weights; needs no GPU. Without the shards it plans on full rows,
 and says so. A model that an earlier stage has yet to make is planned from its parts:
---set model.init_from=null model.language_model=DIR model.vision_tower=DIR.
+--set model.init_from=null model.language_model=DIR model.vision_tower=DIR. With --measure it loads the model and takes
+two real steps on this machine, in a run folder that is thrown away.
 """
 
 import argparse

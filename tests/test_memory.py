@@ -7,7 +7,9 @@ import pytest
 from ranks import run_ranks
 from shapes import write_small_run
 
-from trainer.config import Config
+from trainer.checkpoint import existing, name_of, note_best, remove_old
+from trainer.config import CheckpointConfig, Config
+from trainer.memory import most_checkpoints
 
 FREEZE = {
     "align": "[vision_tower, language_model]",
@@ -114,3 +116,20 @@ def test_a_checkpoint_has_the_bytes_that_were_planned(found, name):
         own += files.get("mp_rank_00_model_states.pt", 0) if rank == 0 else 0
         # Beside a projector of a megabyte the files' own headers show: up to 15 KB a rank.
         assert own == pytest.approx(planned.ranks[rank], rel=0.01, abs=15_000)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "keep_best"),
+    [(2, 0, False), (1, 0, True), (2, 30, False), (3, 20, True), (0, 0, False)],
+)
+def test_as_many_checkpoints_are_planned_as_retention_leaves_at_once(tmp_path, keep_last, keep_every, keep_best):
+    config = CheckpointConfig(save_steps=10, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+    most = 0
+    for step in (*range(10, 95, 10), 95):
+        (tmp_path / name_of(step)).mkdir()
+        if keep_best and step == 10:  # the first stays the best: one that the others do not keep anyway
+            note_best(tmp_path, step, 1.0)
+        most = max(most, len(existing(tmp_path)))
+        remove_old(tmp_path, tmp_path / name_of(step), config)
+    # One for good may be among the last too, and is then counted twice.
+    assert most <= most_checkpoints(config, last_step=95) <= most + bool(keep_every)

@@ -118,6 +118,15 @@ def test_what_is_recommended_fits_by_its_own_account(full_run, planned):
     assert "nothing fits, even a single row" in planned(*asked[:-1], "6GiB")
 
 
+def test_without_data_packs_are_assumed_to_be_half_pictures(full_run):
+    settings = ["data.packing=true", "data.max_length=1024"]
+    rows = make_plan(Config.load(full_run("Qwen-1.8B", "stage2"), settings, needs_data=False), 1).rows
+    # 1024 tokens: 2 documents of a picture of 256 and as much text, half of which is an answer.
+    assert (rows.mean.tokens, rows.mean.images, rows.mean.supervised) == (1024, 2, 256)
+    assert rows.mean.squares == 2 * 512**2
+    assert (rows.epoch_size, rows.last_step) == (None, None)
+
+
 MODES = {
     "samples": [],
     "packs": ["data.packing=true", "train.global_batch_size=2"],
@@ -209,5 +218,6 @@ def test_two_steps_are_measured_beside_the_plan_and_leave_nothing(small_run, tmp
         planned, found = row(measured, name)
         assert planned == pytest.approx(found, rel=0.01), name
     planned, found = row(measured, "peak of tensors")
+    # An upper bound: of packs there is one micro-batch a step, whose gradients come as its activations go.
     assert planned == pytest.approx(found, rel=0.15)
     assert numbers(re.search(r"seconds a step: .*", measured)[0])[0] > 0

@@ -87,9 +87,8 @@ def _measure(state: TrainState, accumulation: int) -> Measured:
         with LiveBytes() as live:
             train_step(state, iter(batches))
         peak = live.peak
-    return Measured(
-        replace(found[-1], optimizer=held(engine).optimizer), peak, seconds, accumulation, shape_of(batches[0])
-    )
+    most = Held(found[-1].weights, max(moment.gradients for moment in found), held(engine).optimizer)
+    return Measured(most, peak, seconds, accumulation, shape_of(batches[0]))
 
 
 def largest_rows(state: TrainState) -> list[Row]:

@@ -52,12 +52,13 @@ class States:
     buffers: float
     """Of communication, gathered weights, and the largest gradient on its way into them."""
     step: float
-    """Copies for a while during the optimizer's step, when there are no activations."""
+    """Copies for a while at the end of the backward pass and in the optimizer's step, when activations are gone."""
     host: float = 0.0
     """What is offloaded into the host's memory."""
 
     def total(self, activations: Activations) -> float:
-        """The most that the rank's accelerator holds, allowances left out."""
+        """The most that the rank's accelerator holds, allowances left out: an upper bound, for without accumulation
+        gradients come only as activations go."""
         held = self.weights + self.gradients + self.optimizer + self.buffers
         return held + max(activations.peak, self.step)
 
@@ -181,7 +182,9 @@ class Sharding:
         return States(
             weights=self.size * sum(self.tensors), gradients=gradients, optimizer=optimizer,
             buffers=self._bucket + self.reduced_size * self.zero.reduce_bucket_size * bool(self.zero.overlap_comm),
-            step=FP32 * max(self.parts) * (same_type and not self.offloads), host=host,
+            # Whole gradients: those of the last micro-batch beside the sums, then a flat copy of each group's.
+            step=max(gradients * self.accumulates, FP32 * max(self.parts)) * (same_type and not self.offloads),
+            host=host,
         )  # fmt: skip
 
     def _stage_3(self) -> States:
