@@ -112,8 +112,8 @@ def _data(plan: Plan) -> list[str]:
     lines = list(rows.known)
     if train.micro_batch_tokens is None:
         steps = plan.rank_rows // train.micro_batch_size
-        lines.append(f"a step: {train.global_batch_size:,} rows = {plan.world_size} x {steps} x "
-                     f"{train.micro_batch_size} (ranks x micro-batches x rows); padding {rows.padding:.0%}")  # fmt: skip
+        cut = f"{plan.world_size} x {steps} x {train.micro_batch_size} (ranks x micro-batches x rows)"
+        lines.append(f"a step: {train.global_batch_size:,} rows = {cut}; padding {rows.padding:.0%}")
     else:
         lines.append(f"a step: {train.global_batch_size:,} rows in micro-batches of up to {train.micro_batch_tokens:,} "
                      f"tokens; padding {rows.padding:.0%}")  # fmt: skip
