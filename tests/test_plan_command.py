@@ -16,6 +16,7 @@ from trainer.activations import activation_bytes
 from trainer.config import Config
 from trainer.dist import log
 from trainer.errors import ConfigError, DataError
+from trainer.freeze import table
 from trainer.memory import usable
 from trainer.run_plan import ENOUGH_TOKENS, make_plan
 
@@ -138,7 +139,8 @@ MODES = {
 def test_rows_are_those_that_a_run_trains_on(tiny_run, tmp_path, mode):
     settings = [*MODES[mode], "train.epochs=1", "train.max_steps=null", "data.max_length=90",
                 f"run.output_dir={tmp_path}/run"]  # fmt: skip
-    rows = make_plan(Config.load(tiny_run, settings), 1).rows
+    before = make_plan(Config.load(tiny_run, settings), 1)
+    rows = before.rows
     done = command("python", "launch/train.py", "--config", str(tiny_run), "--set", *settings)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -147,6 +149,11 @@ def test_rows_are_those_that_a_run_trains_on(tiny_run, tmp_path, mode):
                          ("supervised_tokens", rows.mean.supervised)):  # fmt: skip
         assert of_row * rows.epoch_size == pytest.approx(sum(line[name] for line in lines)), name
     assert rows.widest.tokens >= rows.mean.tokens
+    # And a second stage is planned from the export that the run has left.
+    from_export = [f"model.init_from={tmp_path}/run", "model.language_model=null", "model.vision_tower=null"]
+    after = make_plan(Config.load(tiny_run, [*settings, *from_export]), 1)
+    assert table(after.model) == table(before.model)
+    assert after.rows == before.rows
 
 
 # Name -> arguments, and what is said: key, what was found, and what was expected or the way out.
