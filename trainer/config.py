@@ -185,8 +185,12 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None, world_size: int = 1) -> "Config":
+    def load(
+        cls, path: str | Path, overrides: list[str] | None = None, world_size: int = 1, needs_data: bool = True
+    ) -> "Config":
         """The configuration of a YAML file (or the name of one in launch/configs/), with `a.b=value` overrides.
+
+        needs_data: false where shards may be missing.
 
         Raises ConfigError listing every unknown key, wrong type and missing file, every model folder of another
         architecture, and every number that does not fit (with so many ranks).
@@ -206,15 +210,15 @@ class Config:
             config.run.output_dir = f"runs/{config.run.name}"
         # Of a key that is wrong already, what its default lacks is no second mistake.
         named = {error.partition(": ")[0] for error in errors}
-        errors += [error for error in config.validate(world_size) if error.partition(": ")[0] not in named]
+        errors += [error for error in config.validate(world_size, needs_data) if error.partition(": ")[0] not in named]
         if errors:
             raise ConfigError(f"{file}: {len(errors)} mistake{'s' * (len(errors) > 1)}\n  - " + "\n  - ".join(errors))
         return config
 
-    def validate(self, world_size: int) -> list[str]:
+    def validate(self, world_size: int, needs_data: bool = True) -> list[str]:
         """What is wrong, one line each, without reading weights or data."""
         return [
-            *_check_model(self.model), *_check_data(self), *_check_mixture(self), *_check_numbers(self),
+            *_check_model(self.model), *_check_data(self, needs_data), *_check_mixture(self), *_check_numbers(self),
             *_check_batch(self.train, world_size),
             *_check_files(self, world_size),
         ]  # fmt: skip
@@ -292,7 +296,7 @@ def _check_model_type(where: str, folder: Path, expected: tuple[str, ...]) -> li
     return [f"{where}: {folder} is of architecture '{found}', expected {' or '.join(map(repr, expected))}"]
 
 
-def _check_data(config: Config) -> list[str]:
+def _check_data(config: Config, needs_data: bool) -> list[str]:
     errors = [] if config.data.train else ["data.train: no source to train on"]
     for split in ("train", "eval"):
         for number, source in enumerate(getattr(config.data, split)):
@@ -303,6 +307,7 @@ def _check_data(config: Config) -> list[str]:
             for pattern in [source.shards] if isinstance(source.shards, str) else source.shards:
                 if scheme_of(pattern):
                     errors += _check_url(where, pattern)
+                if scheme_of(pattern) or not needs_data:
                     continue
                 tars = expand_shards(pattern)
                 missing = [str(tar) for tar in tars if not Path(tar).is_file()]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from trainer.dist import log
 from trainer.errors import CheckpointError, ConfigError
 from trainer.manifest import MANIFEST, check_whole
 from trainer.models.configuration_mqwen_vl import MQWenVLConfig
+from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.models.tokenization_qwen import (
@@ -101,33 +103,66 @@ def load_model(
             _load(MQWenLMHeadModel, Path(settings.language_model or ""), dtype, bf16=False, fp16=False),
             seed=config.run.seed,
             image_token_id=image_token_id,
-            vision_feature_layer=-1 if settings.vision_feature_layer is None else settings.vision_feature_layer,
-            image_aspect=settings.image_aspect or "crop",
+            **_new_settings(settings),
         )
-    text = model.config.text_config
-    errors = []
-    layers = model.config.vision_config.num_hidden_layers
-    if not -layers - 1 <= model.config.vision_feature_layer <= layers:
-        errors.append(f"model.vision_feature_layer={model.config.vision_feature_layer}: the tower has {layers} layers")
-    if text.vocab_size < len(tokenizer):
-        errors.append(
-            f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {len(tokenizer)}: "
-            f"name the folder of its own tokenizer in model.tokenizer"
-        )
-    if config.data.max_length > text.seq_length:
-        errors.append(f"data.max_length={config.data.max_length} is beyond the model's seq_length={text.seq_length}")
-    if config.data.max_length <= model.config.image_context_length:
-        errors.append(
-            f"data.max_length={config.data.max_length} has no room for text beside an image of "
-            f"{model.config.image_context_length} features: raise it"
-        )
-    if errors:
-        raise ConfigError("; ".join(errors))
+    check_fit(config, model.config, tokenizer)
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)],
         pad_token_id=tokenizer.pad_token_id,
     )
     return model
+
+
+def _new_settings(settings: ModelConfig) -> dict[str, Any]:
+    """How a model that is joined from two folders sees."""
+    layer = settings.vision_feature_layer
+    return {"vision_feature_layer": -1 if layer is None else layer, "image_aspect": settings.image_aspect or "crop"}
+
+
+def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> MQWenForConditionalGeneration:
+    """The model that training starts from on the meta device: names, shapes and types, from config.json alone.
+
+    No weights are read. tokenizer: None where there is none to check against. Raises as `load_model` does.
+    """
+    settings, token = config.model, {}
+    if tokenizer is not None:
+        token = {"image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}
+    if settings.init_from:
+        folder = find_export(Path(settings.init_from))
+        check_export(folder)
+        sizes = MQWenVLConfig.from_pretrained(folder)
+    else:
+        text = QWenConfig.from_pretrained(Path(settings.language_model or ""), bf16=False, fp16=False)
+        vision = CLIPVisionConfig.from_pretrained(Path(settings.vision_tower or ""))
+        sizes = MQWenVLConfig(text, vision, **token, **_new_settings(settings))
+    with torch.device("meta"):
+        model = MQWenForConditionalGeneration(sizes).to(torch.bfloat16 if config.train.bf16 else torch.float32)
+    if settings.init_from:
+        _check_same_stage_settings(settings, model, token.get("image_token_id", sizes.image_token_id))
+    check_fit(config, sizes, tokenizer)
+    return model
+
+
+def check_fit(config: Config, sizes: MQWenVLConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises ConfigError, for all at once, where settings, model and tokenizer do not fit together."""
+    text, max_length, errors = sizes.text_config, config.data.max_length, []
+    layers = sizes.vision_config.num_hidden_layers
+    if not -layers - 1 <= sizes.vision_feature_layer <= layers:
+        errors.append(f"model.vision_feature_layer={sizes.vision_feature_layer}: the tower has {layers} layers")
+    if tokenizer is not None and text.vocab_size < len(tokenizer):
+        errors.append(
+            f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {len(tokenizer)}: "
+            f"name the folder of its own tokenizer in model.tokenizer"
+        )
+    if max_length > text.seq_length:
+        errors.append(f"data.max_length={max_length} is beyond the model's seq_length={text.seq_length}")
+    if max_length <= sizes.image_context_length:
+        errors.append(
+            f"data.max_length={max_length} has no room for text beside an image of {sizes.image_context_length} "
+            f"features: raise it"
+        )
+    if errors:
+        raise ConfigError("; ".join(errors))
 
 
 def model_config(settings: ModelConfig) -> MQWenVLConfig:

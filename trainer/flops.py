@@ -1,0 +1,200 @@
+"""Floating-point operations of a training step, by part of the model.
+
+Counted are matrix products, at two operations for a multiplication and an addition; everything else is below one
+percent at real sizes. A linear layer of P positions costs 2·P·in·out in the forward pass, the same again for the
+gradient of its input, where that is wanted, and the same for the gradient of its weight, where that trains. So a frozen
+layer with something trained before it costs twice its forward pass, a trained one three times. (Kaplan et al. 2020,
+section 2.1; PaLM, Chowdhery et al. 2022, appendix B, for what MFU counts)
+
+Causal attention counts the half of the square that is needed: 2·A·S² for a document of S tokens and heads A channels
+wide together. What activation checkpointing computes a second time is kept apart: MFU leaves it out, HFU counts it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How much there is in a micro-batch, or on average in one; counts may be means."""
+
+    tokens: float
+    """Positions that are computed."""
+    squares: float
+    """Sum of the squared lengths of what attends to itself: rows, or the documents of packs."""
+    images: float
+    supervised: float
+    """Positions with a label to predict: those the head runs at."""
+    packed: bool = False
+    """One row of documents, without padding."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.supervised <= self.tokens <= self.squares
+
+    @classmethod
+    def padded(cls, rows: int, width: int, images: float, supervised: float) -> "BatchShape":
+        """Rows padded to a common width."""
+        return cls(rows * width, rows * width**2, images, supervised)
+
+    def __mul__(self, rows: float) -> "BatchShape":
+        """So many rows like this one."""
+        return BatchShape(
+            rows * self.tokens, rows * self.squares, rows * self.images, rows * self.supervised, self.packed
+        )
+
+    def __add__(self, other: "BatchShape") -> "BatchShape":
+        """Both together."""
+        return BatchShape(
+            self.tokens + other.tokens, self.squares + other.squares, self.images + other.images,
+            self.supervised + other.supervised, self.packed,
+        )  # fmt: skip
+
+    @property
+    def width(self) -> float:
+        """Tokens of the tensors' second dimension."""
+        return self.tokens if self.packed else self.squares / self.tokens
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of forward and backward pass."""
+
+    tower: float
+    projector: float
+    linear: float
+    """The language model's linear layers, its head left out."""
+    attention: float
+    """The language model's attention, at the half of the square."""
+    head: float
+    recomputed: float
+    """A second forward pass by activation checkpointing; not in the total."""
+
+    @property
+    def total(self) -> float:
+        """What the model needs, whatever the implementation: the numerator of MFU."""
+        return self.tower + self.projector + self.linear + self.attention + self.head
+
+
+def trains(*modules: nn.Module) -> bool:
+    """Whether any parameter of these modules does."""
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+def layers_read(model: MQWenForConditionalGeneration) -> int:
+    """Layers of the tower whose output reaches the projector: gradients enter the tower behind the last of them."""
+    layer, layers = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
+    return layer if layer >= 0 else layers + 1 + layer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a pre-norm transformer layer multiplies with, whether Qwen's or CLIP's."""
+
+    norm_1: Any
+    projections: list[nn.Linear]
+    """To query, key and value."""
+    output: nn.Linear
+    norm_2: Any
+    wide: list[nn.Linear]
+    """Into the width of the MLP."""
+    narrow: nn.Linear
+    """Out of it."""
+
+    @property
+    def trains(self) -> bool:
+        return trains(self.norm_1, *self.projections, self.output, self.norm_2, *self.wide, self.narrow)
+
+    @property
+    def channels(self) -> int:
+        """Of all heads together."""
+        return self.output.in_features
+
+    def needs_grad(self, reached: bool) -> tuple[bool, bool, bool, bool]:
+        """Whether a gradient is wanted of what goes into the projections, into the attention (and out of it), into the
+        wide layers and into the narrow one. reached: of what goes into the layer."""
+        projections = reached or trains(self.norm_1)
+        attention = projections or trains(*self.projections)
+        wide = attention or trains(self.output, self.norm_2)
+        return projections, attention, wide, wide or trains(*self.wide)
+
+
+def qwen_layer(block: Any) -> Layer:
+    attn, mlp = block.attn, block.mlp
+    return Layer(block.ln_1, [attn.c_attn], attn.c_proj, block.ln_2, [mlp.w1, mlp.w2], mlp.c_proj)
+
+
+def clip_layer(layer: Any) -> Layer:
+    attn, mlp = layer.self_attn, layer.mlp
+    projections = [attn.q_proj, attn.k_proj, attn.v_proj]
+    return Layer(layer.layer_norm1, projections, attn.out_proj, layer.layer_norm2, [mlp.fc1], mlp.fc2)
+
+
+def step_flops(model: MQWenForConditionalGeneration, shape: BatchShape, checkpointing: bool = False) -> Flops:
+    """Operations of one forward and backward pass over a batch of this shape.
+
+    model: with what is frozen marked; it may be on the meta device. checkpointing: activations are recomputed, and
+    Transformers then has every embedding's output want a gradient: it runs through frozen layers to the first.
+    """
+    images = max(1.0, shape.images)  # without an image a blank one is computed
+    tower, recomputed = _tower(model, images, checkpointing)
+    projector, patches = model.multi_modal_projector, images * model.config.image_context_length
+    reached = trains(model.vision_tower)
+    projected = _linear(projector.linear_1, patches, reached)
+    projected += _linear(projector.linear_2, patches, reached or trains(projector.linear_1))
+
+    text = model.language_model.transformer
+    reached = reached or trains(projector, text.wte) or checkpointing
+    linear = attention = 0.0
+    for layer in map(qwen_layer, text.h):
+        square = 2 * layer.channels * shape.squares
+        of_linear, of_attention, again = _layer(layer, shape.tokens, square, reached)
+        linear, attention, recomputed = linear + of_linear, attention + of_attention, recomputed + again
+        reached = reached or layer.trains
+    head = _linear(model.language_model.lm_head, shape.supervised, reached or trains(text.ln_f))
+    return Flops(tower, projected, linear, attention, head, recomputed * checkpointing)
+
+
+def _tower(model: MQWenForConditionalGeneration, images: float, checkpointing: bool) -> tuple[float, float]:
+    """Operations of the tower, and those of a recomputation."""
+    config, tower = model.config.vision_config, model.vision_tower
+    patches = model.config.image_context_length
+    positions = images * (patches + 1)  # the class token is one more
+    convolution = 2 * images * patches * 3 * config.patch_size**2 * config.hidden_size
+    total, recomputed = convolution * (1 + trains(tower.embeddings.patch_embedding)), 0.0
+    reached = trains(tower.embeddings, tower.pre_layrnorm) or (checkpointing and trains(tower))
+    for number, layer in enumerate(map(clip_layer, tower.encoder.layers)):
+        square = 4 * layer.channels * (patches + 1) * positions  # every patch sees every other
+        if number >= layers_read(model):  # what lies behind the feature layer gets no gradient
+            total += square + _forward([*layer.projections, layer.output, *layer.wide, layer.narrow], positions)
+            continue
+        linear, attention, again = _layer(layer, positions, square, reached)
+        total, recomputed = total + linear + attention, recomputed + again
+        reached = reached or layer.trains
+    return total, recomputed
+
+
+def _layer(layer: Layer, positions: float, square: float, reached: bool) -> tuple[float, float, float]:
+    """Operations of a layer's linear layers, of its attention, and of a recomputation.
+
+    square: operations of the attention's forward pass. reached: a gradient of the layer's input is wanted.
+    """
+    projections, attention, wide, narrow = layer.needs_grad(reached)
+    linear = sum(_linear(module, positions, projections) for module in layer.projections)
+    linear += sum(_linear(module, positions, wide) for module in layer.wide)
+    linear += _linear(layer.output, positions, attention) + _linear(layer.narrow, positions, narrow)
+    # A recomputation ends when the last tensor that was saved is there again: before the MLP's last product.
+    again = square + _forward([*layer.projections, layer.output, *layer.wide], positions)
+    return linear, square * (1 + 2 * attention), again * (narrow or trains(layer.narrow))
+
+
+def _forward(modules: list[nn.Linear], positions: float) -> float:
+    return sum(2 * positions * module.in_features * module.out_features for module in modules)
+
+
+def _linear(module: nn.Linear, positions: float, input_needs_grad: bool) -> float:
+    """Forward pass, gradient of the input, gradient of the weight."""
+    return _forward([module], positions) * (1 + input_needs_grad + module.weight.requires_grad)
