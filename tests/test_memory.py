@@ -7,9 +7,10 @@ import pytest
 from ranks import run_ranks
 from shapes import write_small_run
 
-from trainer.checkpoint import existing, name_of, note_best, remove_old
+from trainer.checkpoint import existing, name_of
 from trainer.config import CheckpointConfig, Config
 from trainer.memory import most_checkpoints
+from trainer.saving import note_best, remove_old
 
 FREEZE = {
     "align": "[vision_tower, language_model]",
