@@ -109,7 +109,7 @@ def train(work: Path, run: Path) -> None:
         f"train.max_steps={STEPS + 1}", "checkpoint.save_steps=1", "checkpoint.keep_last=0",
         "train.global_batch_size=1", "train.micro_batch_size=1", "train.bf16=true",
     ]  # fmt: skip
-    from trainer.train import setup
+    from trainer.setup import setup
     from trainer.train import train as run_steps
 
     world = world_from_environment()

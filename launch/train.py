@@ -39,7 +39,8 @@ def main() -> None:
     if args.local_rank is not None:
         stop_with_launcher()
 
-    from trainer.train import check_writable, setup, train  # slow to import, so after the configuration is known good
+    from trainer.setup import check_writable, setup
+    from trainer.train import train  # slow to import, so after the configuration is known good
 
     with StopRequest() as stop, distributed(world), ExitStack() as stack:
         lock: list[RunLock] = []

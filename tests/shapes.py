@@ -15,7 +15,7 @@ from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.models.modeling_qwen import QWenLMHeadModel
-from trainer.train import packed_inputs
+from trainer.setup import packed_inputs
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "kv_channels": 64,
          "intermediate_size": 1376, "vocab_size": 2000, "seq_length": 512}  # fmt: skip

@@ -11,7 +11,8 @@ from trainer.generate import Generator, generate
 
 
 def answered(world, config_file: str, out: str, stage: str) -> list:
-    from trainer.train import evaluate, setup, train
+    from trainer.setup import setup
+    from trainer.train import evaluate, train
 
     settings = [f"run.output_dir={out}/run", f"deepspeed=ds_configs/{stage}.json", "train.max_steps=3",
                 f"data.eval=[{{name: e, shards: '{out}/held-out/*.tar'}}]", "eval.every_steps=2", "eval.answers=5",

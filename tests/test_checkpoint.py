@@ -44,7 +44,8 @@ def names(folder: Path) -> list[str]:
 def saved_and_attacked(world, config_file: str, out: str) -> dict:
     """What a few steps, each with a checkpoint, leave behind; and what happens to checkpoints with code in them."""
     from trainer import checkpoint
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     def config(folder: Path, keep_last: int, *changes: str) -> Config:
         settings = [f"run.output_dir={folder}", f"checkpoint.keep_last={keep_last}", "checkpoint.save_steps=1",

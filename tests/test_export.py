@@ -32,7 +32,8 @@ save_file({"logits": logits}, out / "logits.safetensors")
 def train_and_keep_logits(world, config_file: str, out: str, stage: str) -> None:
     """Trains a few steps, saves, and keeps the live model's logits on one batch."""
     from trainer.data.order import MicroBatch, Slot
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     settings = [f"run.output_dir={out}/run", f"deepspeed=ds_configs/{stage}.json", "train.max_steps=3"]
     state = setup(Config.load(config_file, settings, world.world_size), world)

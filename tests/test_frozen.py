@@ -52,7 +52,7 @@ def test_a_change_and_an_exchange_change_the_checksum(data, at):
 
 
 def start(world, config_file: str, run: str, *changes: str, resume: str = "none"):
-    from trainer.train import setup
+    from trainer.setup import setup
 
     stage_1 = ["freeze=[vision_tower, language_model]", "train.max_steps=4", "checkpoint.save_steps=1"]
     changes = [f"run.output_dir={run}", "checkpoint.keep_last=0", "data.num_workers=0", *stage_1, *changes]

@@ -35,7 +35,8 @@ def small_disk(tmp_path):
 def trained_on_a_small_disk(world, config_file: str, folder: str, stage: str) -> dict:
     """Saves at step 1, fills the disk but for a little, and saves again; then makes room and goes on."""
     from trainer.dist import barrier
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     settings = [f"run.output_dir={folder}/run", "checkpoint.save_steps=1", "checkpoint.keep_last=0",
                 "train.max_steps=3", "data.num_workers=0", f"deepspeed=ds_configs/{stage}.json"]  # fmt: skip
@@ -86,7 +87,8 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(tiny_run, s
 
 def trained_where_the_folder_vanishes(world, config_file: str, folder: str) -> str:
     from trainer.dist import barrier
-    from trainer.train import save, setup, train
+    from trainer.setup import setup
+    from trainer.train import save, train
 
     settings = [f"run.output_dir={folder}", "train.max_steps=3", "data.num_workers=0"]
     state = setup(Config.load(config_file, settings, world.world_size), world, "none")

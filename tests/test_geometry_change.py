@@ -42,7 +42,8 @@ def contents(engine) -> dict[str, torch.Tensor]:
 
 def leg(world, config_file: str, out: str, stage: str, changes: list[str], resume: str, until: int | None) -> None:
     """Trains up to a step, and leaves what the engine held before the first step and after the last."""
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     settings = [
         f"run.output_dir={out}", f"deepspeed=ds_configs/{stage}.json", f"train.max_steps={STEPS}",
@@ -204,7 +205,7 @@ DAMAGE = {
 def damaged(world, config_file: str, out: str) -> dict[str, str]:
     """What is said to an engine of one rank about checkpoints of two ranks with something wrong."""
     from trainer import checkpoint
-    from trainer.train import setup
+    from trainer.setup import setup
 
     whole, sign = Path(out, "chain", "checkpoint-000002"), Path(out, "it-ran")
     settings = [f"run.output_dir={out}/other", "train.global_batch_size=6", MICRO(1), "data.num_workers=0"]

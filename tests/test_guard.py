@@ -29,7 +29,7 @@ def test_a_spike_is_told_by_the_median_of_the_last_steps():
 
 
 def start(world, config_file: str, run: str, *changes: str, resume: str = "none"):
-    from trainer.train import setup
+    from trainer.setup import setup
 
     changes = [f"run.output_dir={run}", "data.num_workers=0", "logging.sample_keys=true", *changes]
     return setup(Config.load(config_file, changes, world.world_size), world, resume)

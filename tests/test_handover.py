@@ -15,7 +15,8 @@ from trainer.errors import CheckpointError, ConfigError
 
 
 def first_stage(world, config_file: str, out: str) -> None:
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     settings = [f"run.output_dir={out}", "train.max_steps=1", "data.num_workers=0"]
     state = setup(Config.load(config_file, settings, world.world_size), world, "none")

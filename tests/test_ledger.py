@@ -53,7 +53,8 @@ STEPS, STOP = 7, 3
 
 def trained(world, config_file: str, settings: list[str], resume: str, until: int | None) -> str | None:
     """Trains; what a user's error said, if there was one."""
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     config = Config.load(config_file, settings, world.world_size)
     try:
@@ -234,7 +235,8 @@ def test_too_many_bad_samples_end_both_ranks_with_one_message(tiny_run, tmp_path
 
 def trained_on_a_changing_shard(world, config_file: str, out: str) -> str:
     from trainer.dist import barrier
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     settings = [
         f"run.output_dir={out}/run", f"data.train=[{{name: a, shards: '{out}/shards/*.tar'}}]", "data.num_workers=0",

@@ -64,7 +64,8 @@ def is_text(shards: list[ShardIndex], row: Row) -> bool:
 
 def lines(world, config_file: str, settings: list[str]) -> tuple[list[dict], float | None]:
     """Metrics of a run, and the held-out loss behind it."""
-    from trainer.train import evaluate, setup, train
+    from trainer.setup import setup
+    from trainer.train import evaluate, train
 
     state = setup(Config.load(config_file, settings, world.world_size), world, "none")
     train(state)

@@ -48,7 +48,8 @@ def engine_bytes(world, config_file: str, out: str, runs: dict[str, list[str]]) 
     from trainer.load import meta_model
     from trainer.measure import held
     from trainer.memory import Sharding, checkpoint_bytes
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     found = {}
     for name, settings in runs.items():

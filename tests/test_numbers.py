@@ -18,7 +18,8 @@ def disturbed(world, config_file: str, out: str) -> dict[str, str]:
     """Runs in which one thing is not a number, on the second rank alone; what their errors said."""
     import deepspeed
 
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     def start(name: str, *settings: str):
         own = [f"run.output_dir={out}/{name}", "train.max_steps=6", "logging.sample_keys=true", "data.num_workers=0"]

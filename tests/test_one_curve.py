@@ -29,7 +29,8 @@ MODES = {
 
 def curves(world, config_file: str, out: str, bf16: bool, mode: str, stages: list[str]) -> dict[str, list[dict]]:
     """Metrics of the first steps, for every ZeRO stage and micro-batch, on this number of ranks."""
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     found = {}
     fixed, cuts = MODES[mode]

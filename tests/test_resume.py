@@ -21,7 +21,8 @@ def run(
     world, config_file: str, out: str, stage: str, changes: list[str], resume: str, until: int | None = None
 ) -> None:
     """Trains 20 steps, or, of those, the ones up to `until`."""
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     settings = [
         f"run.output_dir={out}", f"model.vision_tower={Path(out).parent}/clip", f"deepspeed=ds_configs/{stage}.json",
@@ -95,7 +96,8 @@ def test_resumed_run_equals_the_straight_one_bitwise(tiny_run, tmp_path, stage, 
 
 def resumed_on_other_shards(world, config_file: str, out: str) -> str:
     """What is said to a run that goes on after one of its shards was written anew."""
-    from trainer.train import setup, train
+    from trainer.setup import setup
+    from trainer.train import train
 
     settings = [
         f"run.output_dir={out}/run", f"data.train=[{{name: a, shards: '{out}/shards/*.tar'}}]", "data.num_workers=0"

@@ -12,7 +12,7 @@ from trainer.manifest import check_whole
 
 
 def start(world, config_file: str, run: str, *changes: str):
-    from trainer.train import setup
+    from trainer.setup import setup
 
     changes = [f"run.output_dir={run}", "checkpoint.save_steps=2", "data.num_workers=0", *changes]
     return setup(Config.load(config_file, changes, world.world_size), world, "none")
@@ -77,8 +77,9 @@ def test_training_goes_on_while_the_export_is_written_and_hears_of_its_failure(t
 
 def broken_off_in_evaluation(world, config_file: str, out: str, shards: str) -> list[int]:
     """A run that is asked to stop while it evaluates evaluates when it goes on."""
+    from trainer.setup import setup
     from trainer.stopping import Stopped
-    from trainer.train import evaluate, setup, train
+    from trainer.train import evaluate, train
 
     settings = [f"run.output_dir={out}", f"data.eval=[{{name: e, shards: '{shards}'}}]", "eval.every_steps=2",
                 "train.max_steps=3", "data.num_workers=0", "checkpoint.save_steps=2",

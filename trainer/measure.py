@@ -21,7 +21,8 @@ from trainer.data.samples import Batch
 from trainer.dist import World, on_each_host
 from trainer.evaluate import count_supervised
 from trainer.flops import BatchShape
-from trainer.train import TrainState, setup, train_step
+from trainer.setup import TrainState, setup
+from trainer.train import train_step
 
 PACKS_TRIED = 1000
 """Packs among which the fullest are looked for."""

@@ -1,211 +1,38 @@
 """The training loop.
 
-setup(config) -> TrainState -> train(state): fetch, forward, backward, step; now and then evaluate and save
+TrainState (of setup) -> train(state): fetch, forward, backward, step; now and then evaluate and save
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-import transformers
 import yaml
-from transformers import PreTrainedTokenizerBase
 
-from trainer import checkpoint
 from trainer.answers import Question, held_out_answers
-from trainer.config import Config
-from trainer.data.lengths import Lengths
-from trainer.data.loader import BatchLoader, ShardDataset, fetch
-from trainer.data.order import Geometry, Slot, Stream, global_batch, micro_batches
-from trainer.data.plan import NamedSource, describe
+from trainer.data.loader import BatchLoader, fetch
+from trainer.data.order import global_batch, micro_batches
 from trainer.data.samples import Batch
-from trainer.data.template import ChatTemplate
-from trainer.data.transform import ImageTransform
-from trainer.dist import World, gather, log, on_main_rank, raise_together, sum_over_ranks
-from trainer.engine import build_engine, deepspeed_settings
-from trainer.errors import ConfigError, DataError
+from trainer.dist import gather, log, on_main_rank, raise_together, sum_over_ranks
+from trainer.errors import DataError
 from trainer.evaluate import count_supervised, held_out_loss
-from trainer.freeze import describe_trained, freeze, table
-from trainer.guard import StepGuard
-from trainer.ledger import Ledger
-from trainer.load import check_handover, image_transform, load_model, load_tokenizer
 from trainer.metrics import Recorder
-from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.optim import schedule, set_learning_rates
-from trainer.run_lock import RunLock
-from trainer.saving import Saver, note_best
-from trainer.stopping import Stopped, StopRequest
-from trainer.watchdog import Heartbeat, NoHeartbeat
+from trainer.saving import note_best
+from trainer.setup import TrainState
+from trainer.stopping import Stopped
+from trainer.watchdog import Heartbeat
 
 SAVE_SECONDS = 3600
 """A save that takes longer hangs."""
-
-
-@dataclass
-class TrainState:
-    """Everything a run holds between two steps."""
-
-    config: Config
-    world: World
-    engine: deepspeed.DeepSpeedEngine
-    tokenizer: PreTrainedTokenizerBase
-    transform: ImageTransform
-    train_data: ShardDataset
-    eval_data: ShardDataset | None
-    sources: list[NamedSource]
-    stream: Stream
-    lengths: Lengths | None
-    geometry: Geometry
-    run: checkpoint.RunState
-    saver: Saver
-    last_step: int
-    step: int = 0
-    """Optimizer steps done."""
-    saved_step: int | None = None
-    """Step of the last checkpoint, if this process has seen it saved or loaded."""
-    stop: StopRequest = field(default_factory=StopRequest)
-    lock: RunLock | None = None
-    """Of the run's folder, on rank 0."""
-    beat: Heartbeat | NoHeartbeat = field(default_factory=NoHeartbeat)
-    """Of this rank, while it trains."""
-    output_dir: Path = field(init=False)
-    ledger: Ledger = field(init=False)
-    guard: StepGuard = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.output_dir = Path(self.config.run.output_dir)
-        self.ledger = Ledger(
-            self.output_dir, self.step, self.run.bad_samples, self.config.data.max_bad_fraction,
-            sum(map(len, self.train_data.reader.shards)), self.world.is_main,
-        )  # fmt: skip
-        train = self.config.train
-        self.guard = StepGuard(train.max_loss_ratio, train.max_skipped_steps, self.run.recent_losses)
-
-    @property
-    def epochs(self) -> list[float]:
-        """Passes done over each source of the stream."""
-        counts = self.stream.counts(self.step * self.geometry.global_batch_size)
-        return [n / source.order.epoch_size for n, source in zip(counts, self.stream.sources, strict=True)]
-
-    def row_length(self, slot: Slot) -> int:
-        """Tokens of a sample as it is trained on, for micro-batches by length."""
-        assert self.lengths is not None
-        return min(self.lengths(slot), self.config.data.max_length)
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """A batch on the device, pixels normalised in the model's dtype."""
-        device, dtype = self.engine.device, self.engine.module.multi_modal_projector.linear_1.weight.dtype
-        pixel_values = batch["pixel_values"].to(device, non_blocking=True)
-        inputs = {
-            "input_ids": batch["input_ids"].to(device, non_blocking=True),
-            "labels": batch["labels"].to(device, non_blocking=True),
-            "pixel_values": self.transform.normalize(pixel_values, dtype),
-        }
-        if batch["document_ends"] is not None:
-            inputs |= packed_inputs(batch["document_ends"], device)
-        return inputs
-
-
-def packed_inputs(document_ends: list[int], device: torch.device) -> dict[str, Any]:
-    """What tells the model where the documents of a packed row are: positions (1, T) that start anew in each, their
-    bounds (documents + 1,) int32, and the length of the longest."""
-    bounds = [0, *document_ends]
-    lengths = [end - start for start, end in pairwise(bounds)]
-    return {
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device, non_blocking=True),
-        "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True),
-        "max_length_q": max(lengths),
-    }
-
-
-def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest | None = None) -> TrainState:
-    """Data, model and engine of a configuration, at the step where training goes on. All ranks call this.
-
-    stop: asks training to end early.
-
-    What can be wrong is checked before the engine is built. Raises ConfigError, DataError or CheckpointError.
-    """
-    torch.manual_seed(config.run.seed)
-    if not (world.is_main and sys.stderr.isatty()):
-        transformers.utils.logging.disable_progress_bar()
-    # A CLIP folder's text tower is no news; weights that are missing are an error of ours.
-    transformers.utils.logging.set_verbosity_error()
-    settings = deepspeed_settings(config, world)
-    zero_stage = settings.get("zero_optimization", {}).get("stage", 0)
-    output_dir = Path(config.run.output_dir)
-    on_main_rank(world, lambda: check_writable(output_dir))
-    overwrite = config.run.overwrite
-    resumed_from = on_main_rank(world, lambda: checkpoint.find_resume(output_dir, resume, overwrite))
-    if resume == "none" and overwrite:
-        on_main_rank(world, lambda: checkpoint.clear(output_dir))
-    if config.model.init_from and not resumed_from:
-        on_main_rank(world, lambda: check_handover(config.model))
-    data, train = config.data, config.train
-    cache = open_cache(data)
-    sources, held_out = open_on_all_ranks(data, world, cache)
-
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config, tokenizer, resumed_from)
-    freeze(model, config.freeze)
-    log.info("%s", table(model))
-    transform = image_transform(model)
-    template = ChatTemplate(tokenizer, model.config.image_token_id, model.config.image_context_length)
-    reader, held_out_reader = open_reader(sources, data, cache), open_reader(held_out, data, cache, held_out=True)
-    stream, lengths = plan(config, world, sources, reader, template)
-    geometry = Geometry(
-        train.global_batch_size, train.micro_batch_size, world.rank, world.world_size, train.micro_batch_tokens
-    )
-    run = checkpoint.RunState(
-        step=0, seed=config.run.seed, global_batch_size=train.global_batch_size,
-        order=describe(sources, lengths if data.packing else None, data.max_length),
-        shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
-        shard_times=[0 if shard.url else shard.mtime_ns for shard in reader.shards],
-        trained=describe_trained(model), world_size=world.world_size, zero_stage=zero_stage,
-        frozen_from=config.model.init_from or f"{config.model.language_model} and {config.model.vision_tower}",
-    )  # fmt: skip
-    run = checkpoint.read_state(resumed_from, run) if resumed_from else run
-
-    engine = build_engine(model, config, settings)
-    if resumed_from:
-        checkpoint.load(engine, resumed_from)
-        log.info("resumed from %s", resumed_from)
-    saver = Saver(
-        engine, world, output_dir, config.checkpoint, tokenizer, transform, resumed_from, resumed_fingerprint=run.frozen
-    )
-    return TrainState(
-        config=config, world=world, engine=engine, tokenizer=tokenizer, transform=transform,
-        train_data=ShardDataset(reader, template, transform, data.max_length, data.packing),
-        eval_data=ShardDataset(held_out_reader, template, transform, data.max_length) if held_out else None,
-        sources=sources, stream=stream, lengths=lengths, geometry=geometry, saver=saver,
-        run=dataclasses.replace(run, frozen=saver.frozen.fingerprint), last_step=last_step(config, stream),
-        step=run.step, saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
-    )  # fmt: skip
-
-
-def check_writable(folder: Path) -> None:
-    """Makes a folder, if need be, and tries to write in it. Raises ConfigError if that cannot be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"run.output_dir: {folder} cannot be written to ({error.strerror}); choose another"
-        ) from error
 
 
 def train(state: TrainState, until: int | None = None) -> None:

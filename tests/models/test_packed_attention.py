@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import OTHER_CONFIG, tiny_language_model
 
 from trainer.models.packed_attention import packed_attention
-from trainer.train import packed_inputs
+from trainer.setup import packed_inputs
 
 LENGTHS = [1, 19, 7, 30]
 """57 tokens: of one, and of others that no power of two divides."""
