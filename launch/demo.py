@@ -20,9 +20,9 @@ import transformers
 from demo_task import CAPTION_PROMPT, Scene, draw, random_scene, write_models, write_shards
 from PIL import Image, ImageDraw
 
-from trainer.config import ROOT
 from trainer.errors import run_main
 from trainer.load import find_export
+from trainer.paths import ROOT
 
 OUT = Path("runs/demo")
 HELD_OUT = 256

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, DataConfig, ModelConfig, ShardsConfig, expand_shards
+from trainer.config import Config, DataConfig, ModelConfig, ShardsConfig
 from trainer.errors import ConfigError, DataError
+from trainer.paths import expand_shards
 
 if TYPE_CHECKING:  # slow to import
     from trainer.data.template import ChatTemplate

@@ -8,8 +8,9 @@ import list_keys
 import pytest
 import yaml
 
-from trainer.config import Config, expand_shards, find_config
+from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.paths import expand_shards, find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

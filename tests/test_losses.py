@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from trainer.config import Config, expand_shards
+from trainer.config import Config
 from trainer.data.index import ShardIndex, open_index
 from trainer.data.loader import ShardDataset
 from trainer.data.order import Row, Slot, global_batch
@@ -28,6 +28,7 @@ from trainer.data.template import ChatTemplate
 from trainer.data.writer import ShardWriter
 from trainer.freeze import freeze
 from trainer.load import image_transform, load_model, load_tokenizer
+from trainer.paths import expand_shards
 
 TOLERANCE = 1e-5
 STANDING_STILL = ["optim.learning_rate=0", "optim.projector_learning_rate=0", "data.num_workers=0", "train.bf16=false",

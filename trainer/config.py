@@ -7,22 +7,16 @@ that do not fit together.
 """
 
 import dataclasses
-import glob
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from trainer import deepspeed_json
+from trainer.config_checks import mistakes
 from trainer.config_reader import build, set_override
 from trainer.errors import ConfigError
-from trainer.urls import check_scheme, scheme_of
-
-ROOT = Path(__file__).resolve().parents[1]
-"""The repository: `ds_configs/` and `launch/configs/` lie here."""
+from trainer.paths import find_config
 
 
 @dataclass
@@ -210,209 +204,10 @@ class Config:
             config.run.output_dir = f"runs/{config.run.name}"
         # Of a key that is wrong already, what its default lacks is no second mistake.
         named = {error.partition(": ")[0] for error in errors}
-        errors += [error for error in config.validate(world_size, needs_data) if error.partition(": ")[0] not in named]
+        errors += [error for error in mistakes(config, world_size, needs_data) if error.partition(": ")[0] not in named]
         if errors:
             raise ConfigError(f"{file}: {len(errors)} mistake{'s' * (len(errors) > 1)}\n  - " + "\n  - ".join(errors))
         return config
 
-    def validate(self, world_size: int, needs_data: bool = True) -> list[str]:
-        """What is wrong, one line each, without reading weights or data."""
-        return [
-            *_check_model(self.model), *_check_data(self, needs_data), *_check_mixture(self), *_check_numbers(self),
-            *_check_batch(self.train, world_size),
-            *_check_files(self, world_size),
-        ]  # fmt: skip
-
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def find_config(path: str | Path) -> Path:
-    """A path, or the name of a file in launch/configs/ with or without its ending."""
-    named = ROOT / "launch" / "configs" / path
-    for file in (Path(path), named, named.with_name(named.name + ".yaml")):
-        if file.is_file():
-            return file
-    known = ", ".join(sorted(file.stem for file in named.parent.glob("*.yaml")))
-    raise ConfigError(f"--config {path}: no such file, and no such name in launch/configs/ (there are: {known})")
-
-
-def find_deepspeed(path: str) -> Path:
-    """DeepSpeed's JSON, from the working folder or from the repository."""
-    return Path(path) if Path(path).is_file() else ROOT / path
-
-
-def expand_shards(patterns: str | list[str]) -> list[Path | str]:
-    """Paths, globs and brace ranges -> tars, each pattern's sorted by name. Empty where a pattern finds nothing.
-
-    URLs stay text, and their globs stay globs: those their server has to answer."""
-    tars: list[Path | str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for one in _expand_braces(pattern):
-            if scheme_of(one):
-                tars.append(one)
-            else:
-                tars += map(Path, sorted(glob.glob(one)) if glob.has_magic(one) else [one])
-    return tars
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not match:
-        return [pattern]
-    first, last = match.groups()
-    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-    return [whole for n in numbers for whole in _expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
-
-
-def _check_model(model: ModelConfig) -> list[str]:
-    errors = []
-    parts = {"language_model": model.language_model, "vision_tower": model.vision_tower}
-    if model.init_from:
-        if any(parts.values()):
-            errors.append("model: give either init_from or language_model and vision_tower, not both")
-    else:
-        errors += [f"model.{name}: missing; or give model.init_from" for name, folder in parts.items() if not folder]
-    folders = {**parts, "init_from": model.init_from, "tokenizer": model.tokenizer}
-    for name, folder in folders.items():
-        if folder and not Path(folder).is_dir():
-            errors.append(f"model.{name}: no such folder: {folder}")
-        elif folder and name in MODEL_TYPES:
-            errors += _check_model_type(f"model.{name}", Path(folder), MODEL_TYPES[name])
-    return errors
-
-
-MODEL_TYPES = {"language_model": ("qwen",), "vision_tower": ("clip", "clip_vision_model")}
-"""`model_type` of the folders' config.json that each key takes."""
-
-
-def _check_model_type(where: str, folder: Path, expected: tuple[str, ...]) -> list[str]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        return [f"{where}: {folder} has no readable config.json ({error})"]
-    if found in expected:
-        return []
-    return [f"{where}: {folder} is of architecture '{found}', expected {' or '.join(map(repr, expected))}"]
-
-
-def _check_data(config: Config, needs_data: bool) -> list[str]:
-    errors = [] if config.data.train else ["data.train: no source to train on"]
-    for split in ("train", "eval"):
-        for number, source in enumerate(getattr(config.data, split)):
-            where = f"data.{split}[{number}].shards"
-            if not source.shards:
-                errors.append(f"{where}: names no tar")
-                continue
-            for pattern in [source.shards] if isinstance(source.shards, str) else source.shards:
-                if scheme_of(pattern):
-                    errors += _check_url(where, pattern)
-                if scheme_of(pattern) or not needs_data:
-                    continue
-                tars = expand_shards(pattern)
-                missing = [str(tar) for tar in tars if not Path(tar).is_file()]
-                if not tars:
-                    errors.append(f"{where}: '{pattern}' matches no file")
-                elif missing:
-                    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-                    errors.append(f"{where}: no such file: {missing[0]}{more}")
-    return errors
-
-
-def _check_url(where: str, pattern: str) -> list[str]:
-    """What is wrong with a URL, without asking its server."""
-    try:
-        for one in _expand_braces(pattern):
-            check_scheme(one)
-    except ConfigError as error:
-        return [f"{where}: {error}"]
-    return []
-
-
-def _check_mixture(config: Config) -> list[str]:
-    """Whether weights, packing and the token budget fit together."""
-    data, train, errors = config.data, config.train, []
-    weights = [source.weight for source in data.train]
-    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
-        errors.append("data.train: give every source a weight, or none")
-    for number, weight in enumerate(weights):
-        if weight is not None and weight <= 0:
-            errors.append(f"data.train[{number}].weight: must be above 0, found {weight}; leave the source out instead")
-    if any(weights) and train.epochs is not None:
-        errors.append("train.epochs: weighted sources have epochs of their own; give train.max_steps instead")
-    names = [source.name for source in data.train]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        errors.append(f"data.train: several sources are named {', '.join(twice)}; each needs a name of its own")
-    for number, source in enumerate(data.eval):
-        if source.weight is not None:
-            errors.append(f"data.eval[{number}].weight: held-out sources have no weights; all their samples count")
-    if data.cache_gib <= 0:
-        errors.append(f"data.cache_gib: must be above 0, found {data.cache_gib}")
-    if not 0 <= data.max_bad_fraction <= 1:
-        errors.append(f"data.max_bad_fraction: must be between 0 and 1, found {data.max_bad_fraction}")
-    if train.micro_batch_tokens is not None and data.packing:
-        errors.append("train.micro_batch_tokens: packs are of like length already; set train.micro_batch_size instead")
-    elif train.micro_batch_tokens is not None and train.micro_batch_tokens < data.max_length:
-        errors.append(
-            f"train.micro_batch_tokens={train.micro_batch_tokens} is less than data.max_length={data.max_length}: the "
-            f"longest sample would not fit"
-        )
-    return errors
-
-
-def _check_numbers(config: Config) -> list[str]:
-    errors = []
-    train, optim = config.train, config.optim
-    if (train.epochs is None) == (train.max_steps is None):
-        errors.append("train.max_steps: give either this or train.epochs, and null for the other")
-    positive = {
-        "train.epochs": train.epochs, "train.max_steps": train.max_steps, "data.max_length": config.data.max_length,
-        "train.global_batch_size": train.global_batch_size, "train.micro_batch_size": train.micro_batch_size,
-        "run.hang_seconds": config.run.hang_seconds,
-        "train.max_skipped_steps": train.max_skipped_steps, "checkpoint.save_steps": config.checkpoint.save_steps,
-        "logging.every_steps": config.logging.every_steps, "eval.max_new_tokens": config.eval.max_new_tokens,
-    }  # fmt: skip
-    errors += [f"{name}: must be at least 1, found {n}" for name, n in positive.items() if n is not None and n < 1]
-    not_negative = {
-        "data.num_workers": config.data.num_workers, "checkpoint.keep_last": config.checkpoint.keep_last,
-        "checkpoint.keep_every": config.checkpoint.keep_every,
-        "eval.every_steps": config.eval.every_steps, "eval.samples": config.eval.samples,
-        "eval.answers": config.eval.answers,
-        "optim.learning_rate": optim.learning_rate, "optim.weight_decay": optim.weight_decay,
-        "optim.max_grad_norm": optim.max_grad_norm, "optim.projector_learning_rate": optim.projector_learning_rate,
-    }  # fmt: skip
-    errors += [
-        f"{name}: must not be negative, found {n}" for name, n in not_negative.items() if n is not None and n < 0
-    ]
-    if train.max_loss_ratio is not None and train.max_loss_ratio <= 1:
-        errors.append(f"train.max_loss_ratio: must be above 1, found {train.max_loss_ratio}; null for none")
-    if not 0 <= optim.warmup_ratio <= 1:
-        errors.append(f"optim.warmup_ratio: must be between 0 and 1, found {optim.warmup_ratio}")
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        errors.append(f"optim.betas: expected two numbers from 0 to below 1, found {optim.betas}")
-    return errors
-
-
-def _check_files(config: Config, world_size: int) -> list[str]:
-    errors = []
-    file = find_deepspeed(config.deepspeed)
-    if file.is_file():
-        errors += deepspeed_json.build(file, config, world_size)[1]
-    else:
-        errors.append(f"deepspeed: no such file: {config.deepspeed}")
-    if Path(config.run.output_dir).exists() and not Path(config.run.output_dir).is_dir():
-        errors.append(f"run.output_dir: {config.run.output_dir} is a file, expected a folder")
-    return errors
-
-
-def _check_batch(train: TrainConfig, world_size: int) -> list[str]:
-    """Whether the global batch can be cut into whole micro-batches on so many ranks."""
-    unit = train.micro_batch_size * world_size
-    if train.micro_batch_tokens is not None or unit < 1 or train.global_batch_size % unit == 0:
-        return []
-    lower = train.global_batch_size // unit * unit
-    nearest = ", ".join(str(n) for n in (lower, lower + unit) if n)
-    return [
-        f"train.global_batch_size={train.global_batch_size} is not a multiple of micro_batch_size x world size "
-        f"({train.micro_batch_size} x {world_size}); nearest valid values: {nearest}"
-    ]

@@ -8,11 +8,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import PreTrainedModel
 
 from trainer import deepspeed_json
-from trainer.config import Config, find_deepspeed
+from trainer.config import Config
 from trainer.dist import World
 from trainer.engine_files import RecordingCheckpointEngine
 from trainer.errors import ConfigError
 from trainer.optim import build_optimizer, parameter_groups
+from trainer.paths import find_deepspeed
 
 
 def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from trainer.activations import FP32, Activations, activation_bytes
-from trainer.config import CheckpointConfig, Config, OptimConfig, find_deepspeed
+from trainer.config import CheckpointConfig, Config, OptimConfig
 from trainer.errors import ConfigError
 from trainer.flops import BatchShape
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.optim import parameter_groups
+from trainer.paths import find_deepspeed
 
 ADAMW = 2 * FP32
 """Bytes a parameter of AdamW's two moments."""

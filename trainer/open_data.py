@@ -6,7 +6,7 @@ Training and `launch/inspect_step.py` both come here, so that they see the same 
 from functools import partial
 from pathlib import Path
 
-from trainer.config import Config, DataConfig, ShardsConfig, expand_shards
+from trainer.config import Config, DataConfig, ShardsConfig
 from trainer.data.index import Shard, find_shard
 from trainer.data.kept import cache_folder
 from trainer.data.lengths import Lengths
@@ -19,6 +19,7 @@ from trainer.data.remote_index import REMOTE_WORKERS, find_remote, open_any
 from trainer.data.template import ChatTemplate
 from trainer.dist import World, check_same, log, on_each_host, on_ranks
 from trainer.errors import ConfigError
+from trainer.paths import expand_shards
 
 MOST_OPEN = 512
 """Shards that a process holds open at most; it may usually open 1,024 files."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.config import Config, ShardsConfig, expand_shards
+from trainer.config import Config, ShardsConfig
 from trainer.data.order import Row, Stream, group_by_length
 from trainer.data.reader import ShardReader
 from trainer.data.template import ChatTemplate
@@ -19,6 +19,7 @@ from trainer.open_data import (
     open_sources,
     open_stream,
 )
+from trainer.paths import expand_shards
 
 LOOKED_AT = 256
 """Rows whose texts are encoded for the averages: the first of the stream, which is shuffled."""
