@@ -1,6 +1,7 @@
 """A tree of YAML -> dataclasses, every mistake noted instead of the first one raised.
 
-The dataclasses' annotations say what each key takes; `trainer.config_checks` says what the values must be to fit together.
+The dataclasses' annotations say what each key takes; `trainer.config_checks` says which values fit
+together.
 """
 
 import dataclasses

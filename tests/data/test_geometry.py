@@ -16,7 +16,7 @@ from test_plan import MAX_LENGTH, NumberedLengths, mixture, slots, stream_of
 
 from trainer.config import Config, DataConfig, RunConfig, ShardsConfig, TrainConfig
 from trainer.data import packing
-from trainer.data.loader import ShardDataset, batches
+from trainer.data.loader import BatchLoader, ShardDataset
 from trainer.data.order import Geometry, Row, Stream, global_batch, micro_batches
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
@@ -168,7 +168,7 @@ def run(
             geometry = Geometry(24, micro, rank, world_size, config.train.micro_batch_tokens)
             dataset = ShardDataset(reader, template, ImageTransform(16), config.data.max_length, config.data.packing)
             own: list[list[str]] = [[]]
-            for batch in batches(dataset, micro_batches(stream, geometry, first, until, lengths), num_workers):
+            for batch in BatchLoader(dataset, micro_batches(stream, geometry, first, until, lengths), num_workers):
                 own[-1] += [document.key for document in documents(batch, template)]
                 assert not batch["rejected"]
                 if batch["is_last"]:
