@@ -41,6 +41,7 @@ from trainer.load import image_transform, load_model, load_tokenizer
 from trainer.metrics import Recorder
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.optim import schedule, set_learning_rates
+from trainer.preflight import check_disk
 from trainer.run_lock import RunLock
 from trainer.stopping import Stopped, StopRequest
 from trainer.watchdog import Heartbeat, NoHeartbeat
@@ -153,6 +154,7 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
     model = load_model(config, tokenizer, resumed_from)
     freeze(model, config.freeze)
     log.info("%s", table(model))
+    on_main_rank(world, lambda: check_disk(model, config))
     transform = image_transform(model)
     template = ChatTemplate(tokenizer, model.config.image_token_id, model.config.image_context_length)
     reader, held_out_reader = open_reader(sources, data, cache), open_reader(held_out, data, cache, held_out=True)

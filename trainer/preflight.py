@@ -1,0 +1,189 @@
+"""Before training: do the ranks of this job fit together, and is there room for what they will save?
+
+    preflight(config, world)       versions, code, configuration, run folder, collectives: the same everywhere?
+    check_disk(model, config)      once the model is known: room for the coming checkpoints?
+
+A host that differs is named, with what it has and what rank 0 has.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from transformers import PreTrainedModel
+
+from trainer.checkpoint import existing
+from trainer.config import ROOT, Config
+from trainer.dist import World, gather, log, on_main_rank
+from trainer.engine import deepspeed_settings
+from trainer.errors import ConfigError
+
+PACKAGES = ("torch", "deepspeed", "transformers")
+SHOWN = 8
+"""Differences in a message; there may be hundreds of ranks."""
+
+VISIBLE_SECONDS = 5.0
+"""In which a file that one host has made must be seen by the others: shared file systems cache what is not there."""
+
+OPTIMIZER_BYTES = 12
+"""Of each parameter that trains: its fp32 copy and AdamW's two moments."""
+
+
+def preflight(config: Config, world: World) -> None:
+    """Raises ConfigError, on all ranks and naming hosts, where this job would not train as one. All ranks call this."""
+    started = time.monotonic()
+    hosts = gather(socket.gethostname())
+    _check_same_facts(hosts, gather(facts(config, world)))
+    _check_shared(Path(config.run.output_dir), world, hosts)
+    _check_collectives(world, hosts)
+    seconds = time.monotonic() - started
+    log.info("%d ranks on %d host(s) fit together (checked in %.1f s)", len(hosts), len(set(hosts)), seconds)
+
+
+def facts(config: Config, world: World) -> dict[str, str]:
+    """What must be the same on all ranks, each under the name by which a user knows it."""
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        "GPU": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "none",
+        "code (trainer/, launch/)": code_hash(ROOT),
+        **{f"configuration {key}": json.dumps(value) for key, value in config.to_dict().items()},
+        "DeepSpeed's settings": json.dumps(deepspeed_settings(config, world), sort_keys=True, default=str),
+    }
+
+
+def code_hash(root: Path) -> str:
+    """Of the sources in trainer/ and launch/, their names and what is in them."""
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in ("trainer", "launch") for file in (root / folder).rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _check_same_facts(hosts: list[str], found: list[dict[str, str]]) -> None:
+    differing = [
+        f"{name}: {_differences(found[rank][name], found[0][name])} on host {hosts[rank]} (rank {rank})"
+        for name in found[0] for rank in range(len(found)) if found[rank][name] != found[0][name]
+    ]  # fmt: skip
+    if differing:
+        raise _refused(
+            f"ranks differ from rank 0 on host {hosts[0]}", differing, "install and copy the same everywhere"
+        )
+
+
+def _differences(here: str, there: str) -> str:
+    """Two values, or what differs within two sections of a configuration."""
+    try:
+        mine, others = json.loads(here), json.loads(there)
+    except ValueError:
+        mine = others = None
+    if not (isinstance(mine, dict) and isinstance(others, dict)):
+        return f"{here}, not {there},"
+    keys = [key for key in {**mine, **others} if mine.get(key) != others.get(key)]
+    return "; ".join(f"{key} is {mine.get(key)}, not {others.get(key)}," for key in keys)
+
+
+def _check_shared(output_dir: Path, world: World, hosts: list[str]) -> None:
+    probe = output_dir / f".shared-{on_main_rank(world, lambda: uuid.uuid4().hex)}"
+    on_main_rank(world, lambda: probe.write_text(""))
+    is_seen = gather(_appears(probe))
+    on_main_rank(world, lambda: probe.unlink(missing_ok=True))
+    blind = sorted({host for host, seen in zip(hosts, is_seen, strict=True) if not seen})
+    if blind:
+        raise _refused(
+            f"run.output_dir: {output_dir.resolve()} of host {hosts[0]} is not seen on", blind,
+            "put it on a file system that all hosts share",
+        )  # fmt: skip
+
+
+def _appears(file: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _check_collectives(world: World, hosts: list[str]) -> None:
+    """Each kind that training uses, with numbers whose results are known."""
+    size = world.world_size
+
+    def numbers(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=world.device)
+
+    def all_reduce() -> torch.Tensor:
+        torch.distributed.all_reduce(tensor := numbers([world.rank + 1]))
+        return tensor
+
+    def broadcast() -> torch.Tensor:
+        torch.distributed.broadcast(tensor := numbers([world.rank + 7]), src=0)
+        return tensor
+
+    def all_gather() -> torch.Tensor:
+        gathered = numbers([0] * size)
+        torch.distributed.all_gather_into_tensor(gathered, numbers([world.rank + 1]))
+        return gathered
+
+    def reduce_scatter() -> torch.Tensor:
+        own = numbers([0])
+        torch.distributed.reduce_scatter_tensor(own, numbers([rank + 1 for rank in range(size)]))
+        return own
+
+    expected: dict[Callable[[], torch.Tensor], list[int]] = {
+        all_reduce: [size * (size + 1) // 2],
+        broadcast: [7],
+        all_gather: [rank + 1 for rank in range(size)],
+        reduce_scatter: [size * (world.rank + 1)],
+    }
+    wrong = [collective.__name__ for collective, right in expected.items() if collective().tolist() != right]
+    failures = [
+        f"{name} on host {host} (rank {rank})"
+        for rank, (host, names) in enumerate(zip(hosts, gather(wrong), strict=True)) for name in names
+    ]  # fmt: skip
+    if failures:
+        raise _refused("collectives give wrong numbers", failures, "look at the network and drivers there")
+
+
+def _refused(what: str, items: list[str], way_out: str) -> ConfigError:
+    more = f"\n  - and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    listed = "".join(f"\n  - {item}" for item in items[:SHOWN])
+    return ConfigError(f"{what}:{listed}{more}\n{way_out}", on_all_ranks=True)
+
+
+def check_disk(model: PreTrainedModel, config: Config) -> None:
+    """Raises ConfigError, naming the folder, where the disk surely has no room for the coming checkpoints.
+
+    Room is wanted for those that are kept and the one being written; of those that are there already, as many fewer.
+    """
+    folder, retention = Path(config.run.output_dir), config.checkpoint
+    saves = -(-config.train.max_steps // retention.save_steps) if config.train.max_steps else retention.keep_last + 1
+    count = min(saves, max(1, retention.keep_last + 1 - len(existing(folder))))
+    needed = count * checkpoint_bytes(model)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"run.output_dir: {folder.resolve()} has {_size(free)} free, and {count} checkpoint(s) to come need about "
+            f"{_size(needed)}: make room, choose another folder, or keep fewer (checkpoint.keep_last)"
+        )
+
+
+def checkpoint_bytes(model: PreTrainedModel) -> int:
+    """Of one checkpoint, at the least: the export of all weights, and the optimizer's state of those that train."""
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    exported = sum(p.numel() * p.element_size() for p in parameters.values())
+    return exported + OPTIMIZER_BYTES * sum(p.numel() for p in parameters.values() if p.requires_grad)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
