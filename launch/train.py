@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # injected by DeepSpeed's launcher
     args = parser.parse_args()
 
-    with StopRequest() as stop:
-        try:
+    try:
+        with StopRequest() as stop:
             run(args, stop)
-        except Stopped:
-            sys.exit(EXIT_STOPPED)
+    except Stopped:
+        sys.exit(EXIT_STOPPED)
 
 
 def run(args: argparse.Namespace, stop: StopRequest) -> None:

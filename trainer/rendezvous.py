@@ -27,7 +27,7 @@ DEFAULT_SECONDS = 600.0
 """How long ranks wait for one another at the start, unless the environment says otherwise."""
 
 HOSTS_VARIABLE = "TRAINER_HOSTS"
-"""Hosts of the job in the order of their ranks, comma-separated, to name those that never came; launch/slurm sets it."""
+"""Hosts of the job in the order of their ranks, comma-separated, to name those that never came; job.sh sets it."""
 
 POLL_SECONDS = 0.2
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")

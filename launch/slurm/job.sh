@@ -10,6 +10,15 @@ set -u
 
 @VALUES@
 
+signalled='' caught='' step=''
+pass_on() {
+  echo "$(date '+%F %T') $1: asking the ranks to save"
+  signalled=$1 caught=yes
+  [ -z "$step" ] || kill -s "$1" "$step"
+}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   echo "error: this is a job array, and its tasks would train in one folder, $RUN; submit each run by itself" >&2
   exit 2
@@ -33,14 +42,8 @@ echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1
 srun --kill-on-bad-exit=1 --distribution=block --open-mode=append --output="$RUN/slurm/%j-rank-%t.log" \
   "${SRUN[@]}" "${COMMAND[@]}" &
 step=$!
-signalled='' caught=''
-pass_on() {
-  echo "$(date '+%F %T') $1: asking the ranks to save"
-  signalled=$1 caught=yes
-  kill -s "$1" "$step"
-}
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
+# A signal that came before is told now.
+[ -z "$signalled" ] || kill -s "$signalled" "$step"
 while :; do
   caught=''
   wait "$step"

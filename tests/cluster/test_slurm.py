@@ -1,11 +1,8 @@
 """Training under a real Slurm: two nodes, chained stages, time limits, and what goes wrong on a cluster."""
 
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from hosts import Hosts, two_hosts
 from jobs import ROOT, Job, curve, final_weights, lines_of
@@ -38,11 +35,13 @@ def slurm(hosts, tmp_path_factory) -> Slurm:
         yield slurm
 
 
-def submit(slurm: Slurm, config: Path, run: Path, *settings: str, flags: tuple[str, ...] = (), then: tuple = ()):
+def submit(
+    slurm: Slurm, config: Path, run: Path, *settings: str, flags: tuple = (), then: tuple = (), **variables: str
+) -> list[str]:
     """The numbers of the jobs that submit.py starts."""
     said = slurm.command(
         *SUBMIT, *TWO_NODES, "--time", "10", "--save-seconds", "60", *flags, "--config", str(config),
-        "--set", f"run.output_dir={run}", *settings, *then, OMP_NUM_THREADS="1",
+        "--set", f"run.output_dir={run}", *settings, *then, OMP_NUM_THREADS="1", **variables,
     )  # fmt: skip
     return [line.split()[1].rstrip(":") for line in said.splitlines()]
 
@@ -76,3 +75,89 @@ def test_chained_stages_on_two_nodes_have_the_losses_of_one_host(slurm, tiny_run
     assert curve(one) == curve(tmp_path / "local-1")
     assert curve(two) == curve(tmp_path / "local-2")
     assert final_weights(two) == final_weights(tmp_path / "local-2")
+
+
+def test_a_job_at_its_time_limit_saves_requeues_itself_and_goes_on(slurm, tiny_run, tmp_path):
+    # Slurm looks at limits every 30 s, and signals up to as much too early: each start lives 5 to 35 s. So many slow
+    # steps take 60 s.
+    settings = [*SETTINGS, "train.max_steps=40", "checkpoint.save_steps=100"]
+    alone = Job(tiny_run, tmp_path / "alone", *settings)
+    assert alone.end() == 0, alone.log.read_text()[-3000:]
+
+    run = tmp_path / "run"
+    slow = f"{Path(__file__).with_name('slow')}:{ROOT}"
+    (job,) = submit(slurm, tiny_run, run, *settings, flags=("--time", "1", "--save-seconds", "25"), PYTHONPATH=slow)
+    assert slurm.end(job, 240, lambda: logs(run)) == "COMPLETED", logs(run)
+    assert slurm.job(job)["Restarts"] == "2"
+    said = (run / "slurm" / f"{job}.log").read_text()
+    assert said.count("USR1: asking the ranks to save") == said.count("back into the queue") == 2
+    assert curve(run) == curve(tmp_path / "alone")
+    assert final_weights(run) == final_weights(tmp_path / "alone")
+    slurm.wait_for(lambda: nothing_runs(slurm), 10)
+
+
+@pytest.fixture
+def in_training(slurm, tiny_run, tmp_path):
+    """A job that has trained for some steps, and would go on for ever: (its number, its run folder)."""
+    run = tmp_path / "run"
+    (job,) = submit(slurm, tiny_run, run, *LONG)
+    slurm.wait_for(lambda: len(lines_of(run)) >= 4, 60, lambda: logs(run))
+    yield job, run
+    slurm.hosts.run("n1", "scancel", "--signal=KILL", job, env=slurm.environment)
+    slurm.hosts.run("n1", "scancel", job, env=slurm.environment)
+    slurm.wait_for(lambda: nothing_runs(slurm), 30, lambda: logs(run))
+
+
+def saved_step(run: Path) -> int:
+    return int((run / "latest").read_text().strip().rpartition("-")[2])
+
+
+def rank_on(slurm: Slurm, node: str):
+    """The training process on a node, without its data workers."""
+    own = [p for p in slurm.hosts.processes() if any(word.endswith("launch/train.py") for word in p.cmdline())]
+    ranks = [p for p in own if p.parent() not in own]
+    return next(p for p in ranks if p.environ()["SLURMD_NODENAME"] == node)
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm, in_training):
+    job, run = in_training
+    slurm.command("scancel", job)
+    assert slurm.end(job, 40, lambda: logs(run)) == "CANCELLED"
+    slurm.wait_for(lambda: nothing_runs(slurm), 10, lambda: logs(run))
+    assert saved_step(run) == len(lines_of(run))
+    assert slurm.job(job)["Restarts"] == "0"
+
+
+def test_a_killed_task_ends_the_job_as_failed(slurm, in_training):
+    job, run = in_training
+    rank_on(slurm, "n2").kill()
+    assert slurm.end(job, 60, lambda: logs(run)) == "FAILED"
+    slurm.wait_for(lambda: nothing_runs(slurm), 10, lambda: logs(run))
+    assert saved_step(run) >= 3
+    assert "back into the queue" not in logs(run)
+
+
+def test_a_node_that_is_lost_requeues_the_job_which_goes_on_when_it_is_back(slurm, in_training):
+    job, run = in_training
+    before = len(lines_of(run))
+    slurm.kill_slurmd("n2")
+    try:
+        slurm.wait_for(lambda: slurm.job(job)["JobState"] != "RUNNING", 60, lambda: logs(run))
+        assert slurm.job(job)["JobState"] in ("COMPLETING", "PENDING")
+        slurm.wait_for(lambda: nothing_runs(slurm), 30, lambda: logs(run))
+    finally:
+        slurm.start_slurmd("n2")
+    slurm.wait_for(lambda: len(lines_of(run)) > before + 4, 60, lambda: logs(run))
+    assert slurm.job(job)["Restarts"] == "1"
+
+
+def test_a_preempted_job_saves_makes_room_and_comes_back(slurm, in_training):
+    job, run = in_training
+    urgent = slurm.command("sbatch", "--parsable", "-p", "urgent", "-N", "2", "--exclusive", "--output=/dev/null",
+                           "--wrap", "sleep 3").strip()  # fmt: skip
+    assert slurm.end(urgent, 60, lambda: logs(run)) == "COMPLETED"
+    seen = len(lines_of(run))
+    slurm.wait_for(lambda: slurm.job(job)["Restarts"] == "1", 30, lambda: logs(run))
+    assert saved_step(run) >= seen
+    slurm.command("scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm itself lets it wait for a while
+    slurm.wait_for(lambda: len(lines_of(run)) > seen, 60, lambda: logs(run))
