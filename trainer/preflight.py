@@ -94,14 +94,18 @@ def _differences(here: str, there: str) -> str:
 
 
 def _check_shared(output_dir: Path, world: World, hosts: list[str]) -> None:
-    probe = output_dir / f".shared-{on_main_rank(world, lambda: uuid.uuid4().hex)}"
-    on_main_rank(world, lambda: probe.write_text(""))
-    is_seen = gather(_appears(probe))
-    on_main_rank(world, lambda: probe.unlink(missing_ok=True))
+    def make() -> Path:
+        probe = output_dir.resolve() / f".shared-{uuid.uuid4().hex}"
+        probe.write_text("")
+        return probe
+
+    probe = on_main_rank(world, make)
+    is_seen = gather(_appears(output_dir / probe.name))
+    on_main_rank(world, probe.unlink)
     blind = sorted({host for host, seen in zip(hosts, is_seen, strict=True) if not seen})
     if blind:
         raise _refused(
-            f"run.output_dir: {output_dir.resolve()} of host {hosts[0]} is not seen on", blind,
+            f"run.output_dir: {probe.parent} of host {hosts[0]} is not seen on", blind,
             "put it on a file system that all hosts share",
         )  # fmt: skip
 

@@ -161,3 +161,34 @@ def test_a_preempted_job_saves_makes_room_and_comes_back(slurm, in_training):
     assert saved_step(run) >= seen
     slurm.command("scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm itself lets it wait for a while
     slurm.wait_for(lambda: len(lines_of(run)) > seen, 60, lambda: logs(run))
+
+
+def test_a_job_cancelled_while_it_starts_leaves_nothing(slurm, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    (job,) = submit(slurm, tiny_run, run, *LONG)
+    slurm.wait_for((run / "slurm" / f"{job}-rank-0.log").exists, 30)  # its ranks import, or look for one another
+    slurm.command("scancel", job)
+    assert slurm.end(job, 40, lambda: logs(run)) == "CANCELLED"
+    slurm.wait_for(lambda: nothing_runs(slurm), 20, lambda: logs(run))
+    assert not (run / "latest").exists()
+
+
+def test_what_slurm_refuses_is_said_before_anything_is_submitted(slurm, tiny_run, tmp_path):
+    command = [*SUBMIT, *TWO_NODES, "--time", "10", "--save-seconds", "60", "--config", str(tiny_run), "--set",
+               f"run.output_dir={tmp_path}/run"]  # fmt: skip
+    done = slurm.hosts.run("n1", *command, "--partition", "nowhere", env=slurm.environment)
+    assert done.returncode == 2
+    assert "error: sbatch --test-only" in done.stderr
+    assert "invalid partition specified: nowhere" in done.stderr
+    assert not slurm.command("squeue", "--noheader")
+
+
+def test_a_later_stage_does_not_wait_for_one_that_has_failed(slurm, tiny_run, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    then = ("--then", str(tiny_run), f"run.output_dir={two}", *SETTINGS)
+    # No learning rate is that high: the numbers end before the stage does.
+    jobs = submit(slurm, tiny_run, one, *LONG, "train.max_skipped_steps=1", "optim.learning_rate=1e30", then=then)
+    assert slurm.end(jobs[0], 60, lambda: logs(one)) == "FAILED"
+    assert slurm.job(jobs[0])["ExitCode"] == "2:0"
+    assert slurm.end(jobs[1], 60) == "CANCELLED"
+    assert not (two / "latest").exists()

@@ -114,6 +114,21 @@ def test_a_host_that_cannot_be_reached_is_named_by_the_others(hosts, tiny_run, t
     assert "rank 1 on host n2 does not reach the master n1:29517" in on_n2
 
 
+def test_a_run_folder_that_is_not_shared_is_refused_by_host(hosts, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def launcher(node: int, hostfile: Path) -> list[str]:
+        own_disk = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(run)]
+        return [*(own_disk if node == 1 else []), *deepspeed(node, hostfile)]
+
+    job = TwoHostJob(hosts, launcher, tiny_run, run, *SETTINGS)
+    assert job.end(60) == [2, 2], job.said()
+    on_n1, on_n2 = (log.read_text() for log in job.logs)
+    assert f"error: run.output_dir: {run} of host n1 is not seen on:\n  - n2\nput it on a file system" in on_n1
+    assert "Traceback" not in on_n1 + on_n2
+
+
 def waiting_briefly(launcher):
     return lambda node, hostfile: [
         "env", "TRAINER_RENDEZVOUS_SECONDS=5", "TRAINER_HOSTS=n1,n2", *launcher(node, hostfile),
