@@ -49,8 +49,9 @@ SlurmctldTimeout=30
 SlurmdTimeout=10
 SlurmdParameters=config_overrides
 MpiDefault=none
-NodeName=n1 NodeAddr=10.231.77.1 CPUs=2 RealMemory=1000
-NodeName=n2 NodeAddr=10.231.77.2 Port=17819 CPUs=2 RealMemory=1000
+GresTypes=gpu
+NodeName=n1 NodeAddr=10.231.77.1 CPUs=2 RealMemory=1000 Gres=gpu:1
+NodeName=n2 NodeAddr=10.231.77.2 Port=17819 CPUs=2 RealMemory=1000 Gres=gpu:1
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
@@ -111,6 +112,7 @@ def slurm_on(hosts: Hosts, folder: Path) -> Iterator[Slurm]:
     for name in ("state", "spool-n1", "spool-n2"):
         (folder / name).mkdir(mode=0o755)
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder))
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # on paper: there is no GPU behind it
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     slurm = Slurm(folder, hosts)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-SECONDS = 1.5
+SECONDS = 2.5
 
 
 class SlowSteps(importlib.abc.MetaPathFinder):
