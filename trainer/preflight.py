@@ -47,7 +47,7 @@ def preflight(config: Config, world: World) -> None:
     _check_shared(Path(config.run.output_dir), world, hosts)
     _check_collectives(world, hosts)
     seconds = time.monotonic() - started
-    log.info("%d ranks on %d host(s) fit together (checked in %.1f s)", len(hosts), len(set(hosts)), seconds)
+    log.info("%d rank(s) on %d host(s) fit together (checked in %.1f s)", len(hosts), len(set(hosts)), seconds)
 
 
 def facts(config: Config, world: World) -> dict[str, str]:

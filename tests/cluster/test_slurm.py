@@ -72,7 +72,7 @@ def test_chained_stages_on_two_nodes_have_the_losses_of_one_host(slurm, one_host
     assert slurm.job(jobs[1])["Dependency"] == f"afterok:{jobs[0]}(unfulfilled)"
     ends = [slurm.end(job, 120, lambda run=run: logs(run)) for job, run in zip(jobs, (one, two), strict=True)]
     assert ends == ["COMPLETED", "COMPLETED"], logs(one) + logs(two)
-    assert "2 ranks on 2 host(s) fit together" in logs(one)
+    assert "2 rank(s) on 2 host(s) fit together" in logs(one)
 
     local = Job(tiny_run, tmp_path / "local-2", f"model.init_from={one_host}", *STAGE_2)
     assert local.end() == 0, local.log.read_text()[-3000:]

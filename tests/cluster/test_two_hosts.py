@@ -77,7 +77,7 @@ def one_host(tiny_run, tmp_path_factory) -> Path:
 def test_two_hosts_train_as_one_does(hosts, one_host, tiny_run, tmp_path, launcher):
     job = TwoHostJob(hosts, launcher, tiny_run, tmp_path / "run", *SETTINGS)
     assert job.end() == [0, 0], job.said()
-    assert "2 ranks on 2 host(s) fit together" in job.said()
+    assert "2 rank(s) on 2 host(s) fit together" in job.said()
     assert curve(tmp_path / "run") == curve(one_host)
     assert final_weights(tmp_path / "run") == final_weights(one_host)
 
