@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from trainer.config import Config
-from trainer.dist import distributed, log, on_main_rank, world_from_environment
 from trainer.errors import run_main
 from trainer.run_lock import RunLock, run_lock
 from trainer.stopping import EXIT_STOPPED, Stopped, StopRequest
@@ -33,16 +32,28 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # injected by DeepSpeed's launcher
     args = parser.parse_args()
 
+    try:
+        with StopRequest() as stop:
+            run(args, stop)
+    except Stopped:
+        sys.exit(EXIT_STOPPED)
+
+
+def run(args: argparse.Namespace, stop: StopRequest) -> None:
+    """The job, from the environment to the last checkpoint. Raises Stopped where it was asked to end before."""
+    from trainer.dist import distributed, log, on_main_rank, world_from_environment  # slow to import: signals first
+
     world = world_from_environment()
     overrides = [override for group in args.set for override in group]
     config = Config.load(args.config, overrides, world.world_size)
     if args.local_rank is not None:
         stop_with_launcher()
 
+    from trainer.preflight import preflight  # slow too, so after the configuration is known good
     from trainer.setup import check_writable, setup
-    from trainer.train import train  # slow to import, so after the configuration is known good
+    from trainer.train import train
 
-    with StopRequest() as stop, distributed(world), ExitStack() as stack:
+    with distributed(world, stop), ExitStack() as stack:
         lock: list[RunLock] = []
 
         def take_folder() -> None:
@@ -50,6 +61,7 @@ def main() -> None:
             lock.append(stack.enter_context(run_lock(Path(config.run.output_dir))))
 
         on_main_rank(world, take_folder)
+        preflight(config, world)
         state = setup(config, world, args.resume, stop)
         state.lock = lock[0] if lock else None
         try:
@@ -57,8 +69,6 @@ def main() -> None:
                 train(state)
             else:
                 log.info("%s is finished: step %d of %d", config.run.output_dir, state.step, state.last_step)
-        except Stopped:
-            sys.exit(EXIT_STOPPED)
         finally:
             state.engine.destroy()
 

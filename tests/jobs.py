@@ -76,6 +76,14 @@ class Job:
         return code
 
 
+def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
+    """Waits until something is so, or fails with what there is to say."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain:\n{what()}"
+        time.sleep(0.05)
+
+
 def lines_of(run: Path) -> list[dict]:
     """The whole lines of a run's metrics."""
     file = run / "metrics.jsonl"

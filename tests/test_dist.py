@@ -70,3 +70,36 @@ def test_lone_process_has_a_group_wherever_it_is_started():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "[1.5, 2.0]" in done.stdout
+
+
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+ADDRESS = {"MASTER_ADDR": "n1", "MASTER_PORT": "15000"}
+
+
+def test_tasks_of_srun_are_ranks(monkeypatch):
+    # Empty counts as unset; and what the function sets is taken back after the test.
+    for name, value in {**dict.fromkeys([*ALL, "LOCAL_WORLD_SIZE"], ""), **SLURM, **ADDRESS}.items():
+        monkeypatch.setenv(name, value)
+    assert world_from_environment() == World(rank=3, world_size=4, local_rank=1)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"
+
+
+def test_a_launcher_inside_an_allocation_goes_before_slurm(environment, monkeypatch):
+    environment(ALL)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert world_from_environment() == World(rank=5, world_size=8, local_rank=1)
+
+
+def test_tasks_of_srun_without_an_address_are_told_what_to_export(monkeypatch):
+    for name, value in {**dict.fromkeys([*ALL, "LOCAL_WORLD_SIZE"], ""), **SLURM}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="but not MASTER_ADDR, MASTER_PORT: .*under `srun`, export"):
+        world_from_environment()
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "x"}, {"RANK": "8"}, {"RANK": "-1"}, {"LOCAL_RANK": "-1"}])
+def test_ranks_that_cannot_be_are_refused(environment, wrong):
+    environment({**ALL, **wrong})
+    with pytest.raises(ConfigError, match="must be numbers|which cannot be"):
+        world_from_environment()

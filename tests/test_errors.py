@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.errors import EXIT_USER_ERROR, DataError, printable, run_main
+from trainer.errors import EXIT_USER_ERROR, ConfigError, DataError, HostError, UserError, printable, run_main
 
 HOSTILE = "a\x1b[2J\x9b1m\u202egnp\u200b\u2066\x7f\r\ud800 b"
 WRITTEN_OUT = r"a\x1b[2J\x9b1m\u202egnp\u200b\u2066\x7f\r\ud800 b"
@@ -24,3 +24,28 @@ def test_an_error_reaches_the_terminal_printable_and_keeps_its_lines(capsys):
         run_main(main)
     assert left.value.code == EXIT_USER_ERROR
     assert capsys.readouterr().err == f"\nerror: shard.tar: member {WRITTEN_OUT} comes twice\n  second line\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "local_rank", "told"),
+    [
+        (ConfigError("wrong"), "0", "0", "error: wrong"),
+        (ConfigError("wrong"), "1", "1", ""),  # rank 0 of its host has the same files and settings
+        (ConfigError("wrong"), "8", "0", "error: rank 8 on host n2: wrong"),  # a host with files of its own
+        (ConfigError("wrong", on_all_ranks=True), "8", "0", ""),
+        (DataError("bad shard"), "9", "1", "error: rank 9 on host n2: bad shard"),
+        (DataError("bad shard", on_all_ranks=True), "0", "0", "error: bad shard"),
+        (HostError("rank 9 on host n2 is lost"), "9", "1", "error: rank 9 on host n2 is lost"),
+    ],
+)
+def test_an_error_is_told_once_by_a_rank_that_has_it(monkeypatch, capsys, error: UserError, rank, local_rank, told):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("socket.gethostname", lambda: "n2")
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit):
+        run_main(main)
+    assert capsys.readouterr().err.strip() == told

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import sys
 import warnings
@@ -15,7 +16,9 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
+from trainer import rendezvous
 from trainer.errors import ConfigError, DataError, UserError
+from trainer.stopping import StopRequest
 
 log = logging.getLogger("trainer")
 """Logs on rank 0 alone, once `distributed` has begun."""
@@ -45,12 +48,15 @@ class World:
 def world_from_environment() -> World:
     """The place that a launcher (deepspeed, torchrun, srun) has put into the environment; without one, a job alone.
 
-    Raises ConfigError, naming the variables, where only some are set.
+    Raises ConfigError, naming the variables, where only some are set or one is no number.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if not os.environ.get("RANK") and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[variable] for name, variable in slurm.items()})
+        # "2(x3),1": of hosts that differ, the first counts; it only settles how many threads a rank has.
+        if tasks := re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+            os.environ["LOCAL_WORLD_SIZE"] = tasks[0]
     values = {name: os.environ[name] for name in names if os.environ.get(name)}
     if not values.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         return World()
@@ -60,7 +66,13 @@ def world_from_environment() -> World:
             f"or `torchrun`, which set them all (under `srun`, export MASTER_ADDR and MASTER_PORT), or unset them to "
             f"run one process."
         )
-    return World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
+    try:
+        world = World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
+    except ValueError as error:
+        raise ConfigError(f"the environment's RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}") from error
+    if not 0 <= world.rank < world.world_size or world.local_rank < 0:
+        raise ConfigError(f"the environment makes this rank {world.rank} of {world.world_size}, which cannot be")
+    return world
 
 
 class _BesideProgressBar(logging.Handler):
@@ -72,8 +84,12 @@ class _BesideProgressBar(logging.Handler):
 
 
 @contextmanager
-def distributed(world: World) -> Iterator[World]:
-    """The process group of the job, from start to a clean end."""
+def distributed(world: World, stop: StopRequest | None = None) -> Iterator[World]:
+    """The process group of the job, from start to a clean end.
+
+    Raises HostError, naming hosts, where not all ranks find one another in time, and Stopped where `stop` was asked for
+    before they have.
+    """
     import deepspeed
 
     logging.basicConfig(
@@ -88,9 +104,7 @@ def distributed(world: World) -> Iterator[World]:
             probe.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         os.environ.update(place, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    elif "OMP_NUM_THREADS" not in os.environ:
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one host would each start a thread per core and wait for one another.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.world_size)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
@@ -98,11 +112,24 @@ def distributed(world: World) -> Iterator[World]:
     # leaves a lock on which every later run waits for ever. Gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
+    store, seconds = rendezvous.meet(world.rank, world.world_size, world.local_rank, stop)
+    rendezvous.connected(world.rank, lambda: _make_group(world, backend, store, timedelta(seconds=seconds)))
     deepspeed.init_distributed(backend, timeout=TIMEOUT, auto_mpi_discovery=False, verbose=False)
     try:
         yield world
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _make_group(world: World, backend: str, store: torch.distributed.Store, timeout: timedelta) -> None:
+    """The process group, every rank connected with every other in no more than the given time."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout
+    )
+    barrier()
+    rendezvous.set_timeout(TIMEOUT)
 
 
 def barrier() -> None:

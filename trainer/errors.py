@@ -4,6 +4,7 @@ Entry points print the message without a traceback and leave with `EXIT_USER_ERR
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 
@@ -40,6 +41,10 @@ class BadSample(DataError):
         self.kind = kind
 
 
+class HostError(UserError):
+    """A host, or a way between hosts, that cannot be used: what one rank alone can know, and so has to say."""
+
+
 class NumbersError(UserError):
     """Training whose numbers are no longer finite."""
 
@@ -61,7 +66,20 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # Configurations and folders are the same for all ranks, so one rank says it; a bad sample is one rank's own.
-        if (isinstance(error, DataError) and not error.on_all_ranks) or os.environ.get("RANK", "0") == "0":
-            print(f"\nerror: {printable(str(error), lines=True)}", file=sys.stderr, flush=True)
+        if _is_told_here(error):
+            named = _is_main() or isinstance(error, HostError)
+            place = "" if named else f"rank {os.environ['RANK']} on host {socket.gethostname()}: "
+            print(f"\nerror: {place}{printable(str(error), lines=True)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_told_here(error: UserError) -> bool:
+    """Whether this rank says it: rank 0 what all raise; what a rank has found alone, or may have, every rank, but what
+    comes of files and settings, which the ranks of one host share, the first of each host."""
+    if _is_main() or error.on_all_ranks:
+        return _is_main()
+    return isinstance(error, (DataError, HostError)) or os.environ.get("LOCAL_RANK", "0") == "0"

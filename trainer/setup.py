@@ -31,7 +31,9 @@ from trainer.freeze import describe_trained, freeze, table
 from trainer.guard import StepGuard
 from trainer.ledger import Ledger
 from trainer.load import check_handover, image_transform, load_model, load_tokenizer
+from trainer.memory import Sharding, checkpoint_bytes
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
+from trainer.preflight import check_disk
 from trainer.run_lock import RunLock
 from trainer.saving import Saver
 from trainer.stopping import StopRequest
@@ -145,6 +147,8 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
     model = load_model(config, tokenizer, resumed_from)
     freeze(model, config.freeze)
     log.info("%s", table(model))
+    sizes = checkpoint_bytes(Sharding.of(model, config.optim, settings, world.world_size))
+    on_main_rank(world, lambda: check_disk(config, sizes.each, 0 if resumed_from else sizes.frozen))
     transform = image_transform(model)
     template = ChatTemplate(tokenizer, model.config.image_token_id, model.config.image_context_length)
     reader, held_out_reader = open_reader(sources, data, cache), open_reader(held_out, data, cache, held_out=True)

@@ -33,7 +33,10 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # When the first rank has left, srun and other launchers end the rest by a signal: each is to leave with its
+            # own message and code.
+            ends_early = error is not None and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ends_early else handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == "SIGINT":

@@ -3,7 +3,7 @@
     beat(phase, step, keys)   every rank, at the same places of the loop: two assignments, no file
     rank-N.json               what rank N does, once a second, from a thread
     a rank without a beat     -> `hang.json`, which every rank looks for -> all write their stacks to rank-N.stacks.txt
-                              -> the lowest living rank says who stopped -> all end their children and leave
+                              -> of each host the lowest living rank says who stopped -> all end their children, leave
 
 Time is counted in the ticks of a thread, so that a job that was suspended for hours does not wake up hanging. A thread
 cannot tick while something stuck holds Python's lock: for that case faulthandler has a clock of its own.
@@ -172,7 +172,9 @@ class Heartbeat:
         time.sleep(GRACE_SECONDS)
         read = {rank: _parse(_read(self.folder / f"rank-{rank}.json")) for rank in range(self.world_size)}
         states = {rank: state for rank, state in read.items() if state}
-        if self.rank == min([rank for rank, state in states.items() if state["hung"]], default=self.rank):
+        # One rank of each host says it: hosts have logs of their own, and may have lost sight of one another.
+        here = [rank for rank, state in states.items() if state["hung"] and state["host"] == socket.gethostname()]
+        if self.rank == min(here, default=self.rank):
             # Not through Python's streams: what is stuck may hold their locks.
             os.write(2, f"\n{printable(summary(states, self.folder), lines=True)}\n".encode())
         time.sleep(GRACE_SECONDS / 2)  # a launcher ends the others as soon as one has left
