@@ -40,7 +40,7 @@ def refusals(world, config_file: str, folder: str) -> dict[str, str]:
     found["seconds"] = time.monotonic() - started
     attempt("configuration", load("optim.learning_rate=0.5", "train.max_steps=7"))
     other_json = Path(folder) / "ds.json"
-    if world.is_main:
+    if world.rank == 1:  # which alone reads it
         other_json.write_text('{"zero_optimization": {"stage": 1}}')
     attempt("DeepSpeed", load(f"deepspeed={other_json}"))
 
