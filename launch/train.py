@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         state = setup(config, world, args.resume, stop)
         state.lock = lock[0] if lock else None
         try:
-            if state.step < state.last_step or state.run.evaluation_due:
+            if state.step < state.last_step or state.evaluation_due:
                 train(state)
             else:
                 log.info("%s is finished: step %d of %d", config.run.output_dir, state.step, state.last_step)

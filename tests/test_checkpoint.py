@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from trainer.checkpoint import FORMAT, RunState, clear, existing, find_resume, read_state
+from trainer.checkpoint import FORMAT, RunState, clear, existing, find_resume, read_state, tidy
 from trainer.config import CheckpointConfig, Config
 from trainer.errors import CheckpointError
 from trainer.saving import note_best, remove_old
@@ -215,6 +215,25 @@ def test_a_damaged_checkpoint_is_named_and_auto_takes_the_one_before(run, how, c
     assert f"{newest}: {said}" in str(raised.value)
     assert find_resume(run, "auto") == run / "checkpoint-000004"
     assert f"passed over {newest}: {said}" in caplog.text
+
+
+def test_auto_never_starts_anew_where_a_checkpoint_was(run, tmp_path):
+    for path in existing(run):
+        path.rename(tmp_path / path.name)
+    with pytest.raises(CheckpointError, match="latest names checkpoint-000005, and no checkpoint is there"):
+        find_resume(run, "auto")
+    assert find_resume(run, "none") is None
+
+
+def test_what_killed_saves_have_left_is_put_right(run):
+    # Killed between the two renames of a checkpoint that is saved again: its old self is all there is.
+    newest = run / "checkpoint-000005"
+    newest.rename(run / ".checkpoint-000005.replaced")
+    shutil.copytree(run / "checkpoint-000004", run / ".checkpoint-000004.replaced")
+    (run / ".checkpoint-000007.partial").mkdir()
+    tidy(run)
+    assert names(run) == ["checkpoint-000003", "checkpoint-000004", "checkpoint-000005", "checkpoint-best-000001"]
+    assert find_resume(run, "auto") == newest
 
 
 def test_auto_never_starts_anew_where_no_checkpoint_is_whole(run):

@@ -18,13 +18,17 @@ CONFIG = Config(
 )
 
 
+ZERO_2 = {"zero_optimization": {"stage": 2}}
+
+
 @pytest.fixture
 def built(tmp_path):
-    """Builds from a JSON object, or from text: (what the engine gets, mistakes with the file's name left out)."""
+    """Builds from a JSON object (of ZeRO-2, unless it says otherwise), or from text: (what the engine gets, mistakes
+    with the file's name left out)."""
 
     def build_from(content, config: Config = CONFIG, world_size: int = 3) -> tuple[dict, list[str]]:
         file = tmp_path / "zero.json"
-        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        file.write_text(content if isinstance(content, str) else json.dumps({**ZERO_2, **content}))
         settings, errors = build(file, config, world_size)
         assert all(error.startswith(f"deepspeed: {file}") for error in errors)
         return settings, [error.removeprefix(f"deepspeed: {file}").lstrip(": ") for error in errors]
@@ -98,6 +102,20 @@ def test_keys_of_the_yaml_are_refused_with_their_home(built, key, home):
     (error,) = built({key: {}})[1]
     assert error.startswith(f"'{key}' does not belong here")
     assert home in error
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"zero_optimization": {}}, "zero_optimization.stage is 0, expected 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0, expected 1, 2 or 3"),
+        ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow is false"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme"),
+    ],
+)
+def test_what_the_trainer_cannot_work_with_is_refused(built, given, said):
+    (error,) = built(given)[1]
+    assert said in error
 
 
 def test_all_mistakes_come_at_once(built):

@@ -21,8 +21,6 @@ FREEZE = {
 ZERO = {name: f"deepspeed=ds_configs/{name}.json" for name in ("zero2", "zero3", "zero3_offload")}
 
 OTHERS = {
-    "zero0 fp32": {"zero_optimization": {"stage": 0}},
-    "zero0 bf16": {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}},
     "zero1 fp32": {"zero_optimization": {"stage": 1}},
     "zero1 bf16": {"zero_optimization": {"stage": 1}},
     "zero2 sums bf16": {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}},

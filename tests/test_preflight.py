@@ -11,6 +11,7 @@ from ranks import run_ranks
 from trainer import preflight
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.memory import CheckpointBytes
 
 HOST = socket.gethostname()
 
@@ -105,11 +106,15 @@ def test_a_disk_without_room_for_the_coming_checkpoints_is_refused(tiny_run, tmp
     (tmp_path / "run").mkdir()
     settings = [f"run.output_dir={tmp_path}/run", "checkpoint.keep_last=2", "checkpoint.save_steps=1"]
     config = Config.load(tiny_run, settings)
-    each, frozen = 1_000_000, 500_000
+    each, frozen, run = 1_000_000, 500_000, Path(config.run.output_dir)
+    resumed = run / "checkpoint-000004"
 
-    def with_free(free: int, frozen: int = frozen) -> None:
+    def with_free(free: int, last_step: int = 10, resumed_from: Path | None = None) -> None:
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-        preflight.check_disk(config, each, frozen)
+        preflight.check_disk(config, last_step, CheckpointBytes(frozen, each / 2, [each / 2]), resumed_from)
+
+    def no_links(*_: object) -> None:
+        raise OSError
 
     with_free(3 * each + frozen)  # two that are kept, one being written
     with pytest.raises(ConfigError) as raised:
@@ -117,9 +122,20 @@ def test_a_disk_without_room_for_the_coming_checkpoints_is_refused(tiny_run, tmp
     assert str(raised.value).startswith(
         f"run.output_dir: {config.run.output_dir} has 3.5 MB free, and 3 checkpoint(s) to come need about 3.5 MB: "
     )
-    (Path(config.run.output_dir) / "checkpoint-000004").mkdir()
-    with_free(2 * each, frozen=0)  # one of them is there already, and with it the frozen weights
-    config.train.max_steps, config.checkpoint.save_steps = 10, 100
-    with_free(each, frozen=0)  # only the last step is saved
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(preflight.os, "link", no_links)  # every checkpoint has a copy of the frozen weights then
+        with_free(3 * (each + frozen))
+        with pytest.raises(ConfigError):
+            with_free(3 * (each + frozen) - 1)
+    resumed.mkdir()
+    with_free(2 * each, resumed_from=resumed)  # one of them is there already, and with it the frozen weights
+    with pytest.raises(ConfigError):
+        with_free(2 * each, resumed_from=tmp_path)  # from another run's folder, which need not be on this disk
+    config.checkpoint.save_steps = 100
+    with_free(each, resumed_from=resumed)  # only the last step is saved
     with pytest.raises(ConfigError, match=r"1 checkpoint\(s\) to come"):
-        with_free(each - 1, frozen=0)
+        with_free(each - 1, resumed_from=resumed)
+    config.checkpoint.save_steps, config.checkpoint.keep_last = 1, 0
+    with pytest.raises(ConfigError, match=r"9 checkpoint\(s\) to come"):  # all ten are kept, one is there
+        with_free(8 * each, resumed_from=resumed)
+    assert [file.name for file in run.iterdir()] == ["checkpoint-000004"]

@@ -1,9 +1,10 @@
 """A save lets training go on, and what goes wrong beside it is said by all ranks, with nothing lost."""
 
 import json
-import time
+import threading
 from pathlib import Path
 
+import pytest
 from ranks import run_ranks
 
 from trainer.config import Config
@@ -25,9 +26,11 @@ def slow_and_failing(world, config_file: str, out: str) -> dict:
 
     write = export.write
 
+    next_step = threading.Event()
+
     def slowly(*args):
-        time.sleep(1.5)
-        write(*args)
+        assert next_step.wait(60)
+        return write(*args)
 
     export.write = slowly
     state, found = start(world, config_file, f"{out}/slow", "train.max_steps=3"), {}
@@ -36,6 +39,8 @@ def slow_and_failing(world, config_file: str, out: str) -> dict:
 
     def looking(batch):
         seen.append((state.step, latest.read_text().strip() if latest.exists() else None))
+        if len(seen) == 6:  # two micro-batches a step: the last of step 3
+            next_step.set()
         return inputs(batch)
 
     state.inputs = looking
@@ -47,7 +52,7 @@ def slow_and_failing(world, config_file: str, out: str) -> dict:
     def failing(*args):
         if "checkpoint-000004" in str(args[3]):
             raise OSError(28, "No space left on device")
-        write(*args)
+        return write(*args)
 
     export.write = failing
     state = start(world, config_file, f"{out}/failing", "train.max_steps=9")
@@ -116,6 +121,68 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(tiny_run, tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("eval/loss")] == [2, 3]
+    losses = {event.step: event.value for event in events.Scalars("eval/loss")}
     best = json.loads((tmp_path / "run" / "best.json").read_text())
-    assert best["checkpoint"] in ("checkpoint-000002", "checkpoint-000003")
-    assert best["held_out_loss"] <= found[0][2]
+    assert best["checkpoint"] == f"checkpoint-00000{min(losses, key=losses.__getitem__)}"
+    assert best["held_out_loss"] == pytest.approx(min(losses.values()))
+    # It is made up for once: the checkpoint says so.
+    state = json.loads((tmp_path / "run" / "checkpoint-000002" / "state.json").read_text())
+    assert state["evaluation_due"] is False
+
+
+def failed_while_saving(world, config_file: str, out: str) -> dict:
+    """A run that ends by an error while a checkpoint is on its way; and checkpoints that cannot be linked."""
+    from trainer import export
+    from trainer.errors import DataError
+    from trainer.setup import setup
+    from trainer.train import train
+
+    write, gone = export.write, threading.Event()
+
+    def slowly(*args):
+        gone.wait(3)
+        return write(*args)
+
+    export.write = slowly
+    state, found = start(world, config_file, f"{out}/failed", "train.max_steps=9"), {}
+    inputs = state.inputs
+
+    def failing(batch):
+        if state.step == 2:  # while step 2 is being saved
+            raise DataError("the data is gone", on_all_ranks=True)
+        return inputs(batch)
+
+    state.inputs = failing
+    try:
+        train(state)
+    except DataError:
+        found["latest"] = Path(out, "failed", "latest").read_text().strip()
+    state.engine.destroy()
+    export.write = write
+
+    def no_links(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    import os
+
+    link, os.link = os.link, no_links
+    state = start(world, config_file, f"{out}/copied", "train.max_steps=4")
+    train(state)
+    state.engine.destroy()
+    os.link = link
+    config = Config.load(config_file, [f"run.output_dir={out}/copied", "train.max_steps=4"], world.world_size)
+    state = setup(config, world, "auto")
+    found["resumed at"] = state.step
+    state.engine.destroy()
+    return found
+
+
+def test_a_checkpoint_on_its_way_outlives_the_end_of_its_run_and_copies_do_where_links_are_not(tiny_run, tmp_path):
+    first, second = run_ranks(failed_while_saving, 2, str(tiny_run), str(tmp_path))
+    assert first["latest"] == second["latest"] == "checkpoint-000002"
+    check_whole(tmp_path / "failed" / "checkpoint-000002")
+    assert first["resumed at"] == 4
+    files = [tmp_path / "copied" / f"checkpoint-00000{n}" / "hf" / "model-frozen.safetensors" for n in (2, 4)]
+    assert files[0].stat().st_ino != files[1].stat().st_ino
+    for file in files:
+        check_whole(file.parents[1])

@@ -37,7 +37,7 @@ class Question:
 
 
 def questions(dataset: ShardDataset, count: int) -> list[Question]:
-    """The first held-out samples, but those that cannot be used."""
+    """The first held-out samples, but those that cannot be used, and those longer than training's."""
     slots = (Slot(number, i) for number, shard in enumerate(dataset.reader.shards) for i in range(len(shard)))
     found = []
     for slot, _ in zip(slots, range(count), strict=False):
@@ -45,10 +45,12 @@ def questions(dataset: ShardDataset, count: int) -> list[Question]:
             turns = dataset.reader.conversation(slot)
             at = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
             marks = sum(turn.text.count(IMAGE_MARK) for turn in turns[:at] if turn.role == "user")
-            size = dataset.transform.size
+            prompt, size = dataset.template.prompt(turns[:at]), dataset.transform.size
+            if len(prompt) > dataset.max_length:
+                continue
             pictures = [dataset.transform(image) for image in dataset.reader.images(slot)[:marks]]
             found.append(Question(
-                dataset.reader.key(slot), dataset.template.prompt(turns[:at]),
+                dataset.reader.key(slot), prompt,
                 torch.stack(pictures) if pictures else torch.empty(0, 3, size, size, dtype=torch.uint8),
                 turns[at - 1].text if at else "", turns[at].text,
             ))  # fmt: skip

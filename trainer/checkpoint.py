@@ -63,8 +63,6 @@ class RunState:
     """Samples left out so far, by kind."""
     frozen: str = ""
     """Fingerprint of the frozen weights."""
-    frozen_from: str = ""
-    """Where they came from: the folders that the run began with."""
     recent_losses: list[float] = field(default_factory=list)
     """Of the last steps, for `train.max_loss_ratio`."""
     evaluation_due: bool = False
@@ -126,7 +124,24 @@ def find_resume(output_dir: Path, resume: str, overwrite: bool = False) -> Path 
             f"{output_dir}: none of its {len(candidates)} checkpoints is whole; a new run needs another "
             f"run.output_dir, or --resume none with run.overwrite"
         )
+    if pointed_to:
+        raise CheckpointError(
+            f"{output_dir / LATEST} names {pointed_to}, and no checkpoint is there: put it back, choose another "
+            f"run.output_dir, or start anew (--resume none)"
+        )
     return None
+
+
+def tidy(output_dir: Path) -> None:
+    """Removes what saves that were killed have left, but gives a checkpoint its name back that was being replaced."""
+    for replaced in output_dir.glob(".checkpoint-*.replaced"):
+        final = replaced.with_name(replaced.name[1:].removesuffix(".replaced"))
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
+    for partial in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(partial)
 
 
 def clear(output_dir: Path) -> None:

@@ -48,6 +48,7 @@ def build(file: Path, config: "Config", world_size: int) -> tuple[dict[str, Any]
             near = difflib.get_close_matches(key, ALLOWED, n=1)
             errors.append(f"deepspeed: {file}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
 
+    errors += _unsupported(file, given)
     train = config.train
     micro = train.micro_batch_size
     accumulation = train.global_batch_size // max(1, micro * world_size)
@@ -76,6 +77,29 @@ def build(file: Path, config: "Config", world_size: int) -> tuple[dict[str, Any]
         **owned,
     }
     return merged, errors
+
+
+def _unsupported(file: Path, given: dict[str, Any]) -> list[str]:
+    """What DeepSpeed would take, and the trainer cannot do its work with."""
+    zero = given.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    errors = []
+    if zero.get("stage", 0) == 0:
+        errors.append(
+            f"deepspeed: {file}: zero_optimization.stage is 0, expected 1, 2 or 3: without ZeRO a step whose "
+            f"numbers are not finite would be applied, not skipped"
+        )
+    if isinstance(given.get("bf16"), dict) and given["bf16"].get("check_grad_overflow") is False:
+        errors.append(
+            f"deepspeed: {file}: bf16.check_grad_overflow is false: a step whose numbers are not finite would be "
+            f"applied, not skipped; leave it out"
+        )
+    if isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device") == "nvme":
+        errors.append(
+            f"deepspeed: {file}: zero_optimization.offload_param.device is nvme, where frozen weights cannot be "
+            f"watched; expected cpu or none"
+        )
+    return errors
 
 
 def _contradictions(file: Path, key: str, given: Any, value: Any) -> list[str]:

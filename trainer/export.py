@@ -45,17 +45,22 @@ def write(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     transform: ImageTransform,
-) -> None:
-    """Writes the export of a model that `describe` has described.
+    file_mode: int,
+) -> list[str]:
+    """Writes the export of a model that `describe` has described; names of the files it shares with an earlier one.
 
     trained: weights on the CPU. frozen: the others, or an earlier export that has them, or None if there are none.
+    file_mode: `usual_file_mode`, asked for where no other thread makes files.
     """
     folder.mkdir()
-    if frozen is None:
-        names = _save(trained, folder, "model")
+    linked: list[str] = []
+    if isinstance(frozen, Path):
+        linked = _link(frozen, folder)
+        index = json.loads((frozen / INDEX).read_text())["weight_map"]
+        names = {name: file for name, file in index.items() if file.startswith(FROZEN)}
     else:
-        there = _link(frozen, folder) if isinstance(frozen, Path) else _save(frozen, folder, FROZEN)
-        names = {**there, **_save(trained, folder, TRAINED)}
+        names = _save(frozen, folder, FROZEN) if frozen else {}
+    names |= _save(trained, folder, "model" if frozen is None else TRAINED)
     if set(names.values()) != {"model.safetensors"}:
         size = sum((folder / file).stat().st_size for file in set(names.values()))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
@@ -68,10 +73,16 @@ def write(
     for file in (Path(__file__).parent / "models").glob("*.py"):
         if file.name != "__init__.py":
             shutil.copy(file, folder)
+    for file in folder.iterdir():
+        file.chmod(file_mode)  # safetensors makes files that the owner alone can read
+    return linked
+
+
+def usual_file_mode() -> int:
+    """What the process's umask leaves of a file's permissions. The umask can only be read by setting it."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)  # safetensors makes files that the owner alone can read
+    return 0o666 & ~umask
 
 
 def _save(weights: dict[str, torch.Tensor], folder: Path, start: str) -> dict[str, str]:
@@ -89,19 +100,19 @@ def frozen_files(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob(f"{FROZEN}*.safetensors"))
 
 
-def _link(earlier: Path, folder: Path) -> dict[str, str]:
-    """Gives the frozen files of an earlier export a second name here; the file of each weight in them, by name.
+def _link(earlier: Path, folder: Path) -> list[str]:
+    """Gives the frozen files of an earlier export a second name here, or copies them; names of those that are linked.
 
     A link and not a reference: whichever export is removed first, the other stays whole.
     """
-    files = frozen_files(earlier)
-    for file in files:
+    linked = []
+    for file in frozen_files(earlier):
         try:
             os.link(earlier / file, folder / file)
+            linked.append(file)
         except FileNotFoundError:
             raise
-        except OSError as error:  # not every file system has links
+        except OSError as error:  # not every file system has links, and none from another
             log.warning("%s: no links here (%s): frozen weights are copied", folder, error.strerror)
             shutil.copyfile(earlier / file, folder / file)
-    index = json.loads((earlier / INDEX).read_text())["weight_map"]
-    return {name: file for name, file in index.items() if file in files}
+    return linked

@@ -93,7 +93,7 @@ def load_model(
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     if settings.init_from or resumed_from:
         model = _load(MQWenForConditionalGeneration, find_export(resumed_from or Path(settings.init_from or "")), dtype)
-        _check_same_stage_settings(settings, model, image_token_id)
+        _check_same_stage_settings(settings, model, image_token_id, resumed_from or Path(settings.init_from or ""))
         if resumed_from:
             _check_same_model(settings, model, resumed_from)
     else:
@@ -138,7 +138,7 @@ def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None)
     with torch.device("meta"):
         model = MQWenForConditionalGeneration(sizes).to(torch.bfloat16 if config.train.bf16 else torch.float32)
     if settings.init_from:
-        _check_same_stage_settings(settings, model, token.get("image_token_id", sizes.image_token_id))
+        _check_same_stage_settings(settings, model, token.get("image_token_id", sizes.image_token_id), folder)
     check_fit(config, sizes, tokenizer)
     return model
 
@@ -285,10 +285,11 @@ def check_handover(settings: ModelConfig) -> None:
 
 
 def _check_same_stage_settings(
-    settings: ModelConfig, model: MQWenForConditionalGeneration, image_token_id: int
+    settings: ModelConfig, model: MQWenForConditionalGeneration, image_token_id: int, folder: Path
 ) -> None:
+    """folder: that the model was read from."""
     errors = [
-        f"model.{name} is {wanted!r}, but {settings.init_from} was trained with {getattr(model.config, name)!r}"
+        f"model.{name} is {wanted!r}, but {folder} was trained with {getattr(model.config, name)!r}"
         for name in ("vision_feature_layer", "image_aspect")
         if (wanted := getattr(settings, name)) is not None and wanted != getattr(model.config, name)
     ]

@@ -58,7 +58,8 @@ def measure(config: Config, world: World) -> Measured:
     train = replace(config.train, global_batch_size=size, max_steps=3, epochs=None)
     with tempfile.TemporaryDirectory() as folder:
         run = replace(config.run, output_dir=folder)
-        state = setup(replace(config, run=run, train=train, eval=replace(config.eval, every_steps=0)), world, "none")
+        alone = replace(config, run=run, train=train, eval=replace(config.eval, every_steps=0))
+        state = setup(alone, world, "none", saves=False)
         try:
             return _measure(state, accumulation)
         finally:

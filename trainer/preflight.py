@@ -8,6 +8,7 @@ A host that differs is named, with what it has and what rank 0 has.
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import socket
@@ -25,7 +26,7 @@ from trainer.config import Config
 from trainer.dist import World, gather, log, on_main_rank
 from trainer.engine import deepspeed_settings
 from trainer.errors import ConfigError
-from trainer.memory import most_checkpoints
+from trainer.memory import CheckpointBytes, most_checkpoints
 from trainer.paths import ROOT
 
 PACKAGES = ("torch", "deepspeed", "transformers")
@@ -162,21 +163,38 @@ def _refused(what: str, items: list[str], way_out: str) -> ConfigError:
     return ConfigError(f"{what}:{listed}{more}\n{way_out}", on_all_ranks=True)
 
 
-def check_disk(config: Config, each: float, frozen: float) -> None:
+def check_disk(config: Config, last_step: int, sizes: CheckpointBytes, resumed_from: Path | None) -> None:
     """Raises ConfigError, naming the folder, where the disk has no room for the coming checkpoints.
 
     Room is wanted for those that are kept and the one being written; of those that are there already, as many fewer.
-
-    each: bytes that a checkpoint adds. frozen: bytes of frozen weights, which are still to be written once.
+    Frozen weights are written once, unless the run goes on from a checkpoint in this folder; without links, each time.
     """
     folder = Path(config.run.output_dir)
-    count = max(1, most_checkpoints(config.checkpoint, config.train.max_steps) - len(existing(folder)))
-    needed, free = frozen + count * each, shutil.disk_usage(folder).free
+    count = max(1, most_checkpoints(config.checkpoint, last_step) - len(existing(folder)))
+    if _has_links(folder):
+        frozen = 0.0 if resumed_from and resumed_from.parent.samefile(folder) else sizes.frozen
+    else:
+        frozen = count * sizes.frozen
+    needed, free = frozen + count * sizes.each, shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
             f"run.output_dir: {folder.resolve()} has {_size(free)} free, and {count} checkpoint(s) to come need about "
             f"{_size(needed)}: make room, choose another folder, or keep fewer (checkpoint.keep_last)"
         )
+
+
+def _has_links(folder: Path) -> bool:
+    """Whether a file in this folder can have a second name."""
+    probe, second = (folder / f".link-{uuid.uuid4().hex}" for _ in range(2))
+    probe.write_text("")
+    try:
+        os.link(probe, second)
+        second.unlink()
+        return True
+    except OSError:
+        return False
+    finally:
+        probe.unlink()
 
 
 def _size(count: float) -> str:

@@ -29,6 +29,9 @@ DEFAULT_SECONDS = 600.0
 HOSTS_VARIABLE = "TRAINER_HOSTS"
 """Hosts of the job in the order of their ranks, comma-separated, to name those that never came; job.sh sets it."""
 
+CONNECT_SECONDS = 60.0
+"""For the first connection of all with all, however late the last rank has come."""
+
 POLL_SECONDS = 0.2
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 """What tells this start of this job from another job that has the same address."""
@@ -51,7 +54,9 @@ def meet(rank: int, world_size: int, local_rank: int, stop: StopRequest | None =
     keys = [f"arrived/{other}" for other in range(world_size)]
     try:
         store.set(keys[rank], json.dumps(own))
-        while not store.check(keys):
+        if store.add("arrived", 1) == world_size:
+            store.set("all", "here")
+        while not store.check(["all"]):  # one key: many ranks ask, and one host answers
             if next(ticks, None) is None:
                 raise _incomplete(store, keys, rank)
         places = [json.loads(content) for content in store.multi_get(keys)]
@@ -61,7 +66,7 @@ def meet(rank: int, world_size: int, local_rank: int, stop: StopRequest | None =
             f"its host; its log says more"
         ) from error
     _check_devices(places)
-    return store, max(POLL_SECONDS, deadline - time.monotonic())
+    return store, max(min(CONNECT_SECONDS, limit_seconds()), deadline - time.monotonic())
 
 
 def limit_seconds() -> float:

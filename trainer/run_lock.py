@@ -87,7 +87,7 @@ def run_lock(output_dir: Path) -> Iterator[RunLock]:
     """Holds the lock of a run's folder, which must exist. For rank 0 alone.
 
     Raises ConfigError, naming its job, if another holds it; that takes up to `LOCK_STALE_SECONDS` to know if the other
-    is of another host. Call `check` now and then.
+    is of another host. The holder is to look at `failure` now and then.
     """
     file, entry = output_dir / FILE, _entry()
     try:

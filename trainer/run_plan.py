@@ -155,7 +155,8 @@ def _memory(plan: Plan, gpu_memory: float) -> list[str]:
             + "".join(f"{n / unit:9,.2f}" for n in figures) + "".join(f"{n:9,}" for n in fitting)
         )  # fmt: skip
     whole = sum(p.numel() * p.element_size() for p in plan.model.parameters())
-    lines.append(f"* as configured. While the model is loaded, a rank has {size(whole)} more on its host.")
+    lines.append(f"* as configured. While the model is loaded, a rank has {size(whole)} more on its host; while a")
+    lines.append("checkpoint is written, rank 0 has as much for the weights that train (at the first, for all).")
     lines += [f"{option.name}: DeepSpeed refuses it with these types" for option in plan.options if not option.sharding]
     return lines
 

@@ -6,6 +6,7 @@
 Everything is written into a folder with another name, and is on the disk before that becomes the checkpoint's.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -27,9 +28,10 @@ from trainer.data.transform import ImageTransform
 from trainer.data.writer import sync, write_whole
 from trainer.dist import World, gather, log, on_main_rank, on_ranks, raise_together
 from trainer.engine import full_weights
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UserError
 from trainer.frozen import FrozenWeights
 from trainer.load import EXPORT, LATEST
+from trainer.run_lock import RunLock
 
 
 class Saver:
@@ -52,19 +54,26 @@ class Saver:
         self.engine, self.world, self.output_dir, self.retention = engine, world, output_dir, retention
         self.tokenizer, self.transform = tokenizer, transform
         self.frozen = FrozenWeights(engine)
-        self.failure: CheckpointError | None = None
+        self.failure: UserError | None = None
         """On rank 0: why the last checkpoint could not be written. All ranks are to hear of it at the next step."""
+        self._lock: RunLock | None = None
+        self._abandoned = False
+        self._file_mode = export.usual_file_mode()
         self._newest = resumed_from if resumed_fingerprint == self.frozen.fingerprint else None
         self._thread: threading.Thread | None = None
         export.describe(engine.module)
 
-    def save(self, state: RunState) -> None:
+    def save(self, state: RunState, held_out_loss: float | None = None, lock: RunLock | None = None) -> None:
         """Takes down a checkpoint; it counts once `wait`, or rank 0's log, says so. All ranks call this.
+
+        held_out_loss: of this step, if it is known: the best is kept. lock: of the folder; nothing counts once it is
+        lost.
 
         Raises CheckpointError on all ranks, and leaves everything as it was, where one of them cannot write its part,
         where the checkpoint before could not be written, or where frozen weights have changed.
         """
         self.wait()
+        self._lock = lock
         self.frozen.check()
         started, final = time.monotonic(), self.output_dir / name_of(state.step)
         partial = final.with_name(f".{final.name}.partial")
@@ -86,8 +95,9 @@ class Saver:
         entries = {name: entry for of_rank in gather(own) for name, entry in of_rank.items()}
         trained, frozen = full_weights(self.engine, trained=True), self._frozen_weights()
         if self.world.is_main:
-            arguments = final, partial, state, entries, trained, frozen, started
-            self._thread = threading.Thread(target=self._finish, args=arguments, name="saver")
+            arguments = final, partial, state, held_out_loss, entries, trained, frozen, started
+            # A daemon: who ends at once (a second Ctrl-C) leaves a partial folder, which the next start removes.
+            self._thread = threading.Thread(target=self._finish, args=arguments, name="saver", daemon=True)
             self._thread.start()
 
     def _frozen_weights(self) -> dict[str, torch.Tensor] | Path | None:
@@ -107,24 +117,25 @@ class Saver:
         """The part beside training, on rank 0."""
         try:
             _named(final, lambda: self._write(final, partial, *parts))
-        except CheckpointError as error:
+        except UserError as error:
             self.failure = error
+            log.error("%s", error)
             shutil.rmtree(partial, ignore_errors=True)
         except BaseException as error:  # a thread's error would be lost
             self.failure = CheckpointError(f"{final}: cannot be saved ({error!r}); the checkpoints before are whole")
             raise
 
     def _write(
-        self, final: Path, partial: Path, state: RunState, entries: manifest.Entries, trained: dict[str, torch.Tensor],
-        frozen: dict[str, torch.Tensor] | Path | None, started: float,
+        self, final: Path, partial: Path, state: RunState, held_out_loss: float | None, entries: manifest.Entries,
+        trained: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor] | Path | None, started: float,
     ) -> None:  # fmt: skip
         hf = partial / EXPORT
-        export.write(self.engine.module, trained, frozen, hf, self.tokenizer, self.transform)
+        linked = export.write(self.engine.module, trained, frozen, hf, self.tokenizer, self.transform, self._file_mode)
         (partial / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
         known = {}
         if isinstance(frozen, Path):  # on the disk, and hashed, already
             before = manifest.read(frozen.parent)
-            known = {name: before[name] for name in (f"{EXPORT}/{file}" for file in export.frozen_files(frozen))}
+            known = {name: before[name] for name in (f"{EXPORT}/{file}" for file in linked)}
         for file in [partial / STATE, *hf.iterdir()]:
             name = str(file.relative_to(partial))
             if name not in known:
@@ -133,8 +144,14 @@ class Saver:
         manifest.write(partial, {**entries, **known})
         for path in (partial / manifest.MANIFEST, partial / DEEPSPEED, hf, partial):
             sync(path)
+        if self._lock:
+            self._lock.check()
+        if self._abandoned:
+            return
         _announce(partial, final)
         self._newest = final
+        if self.retention.keep_best and held_out_loss is not None:
+            note_best(self.output_dir, state.step, held_out_loss)
         remove_old(self.output_dir, final, self.retention)
         log.info("saved %s, whole after %.1f s", final, time.monotonic() - started)
 
@@ -149,6 +166,15 @@ class Saver:
         if self._thread:
             self._thread.join()
             self._thread = None
+
+    def settle(self) -> None:
+        """As `wait`, for a run that has failed already: what goes wrong is in the log. All ranks call this."""
+        with contextlib.suppress(UserError):
+            self.wait()
+
+    def abandon(self) -> None:
+        """Gives up a checkpoint that is still being written: it will not count. One that is whole stays."""
+        self._abandoned = self._thread is not None
 
 
 def _named(final: Path, task: Any) -> None:

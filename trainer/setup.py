@@ -60,6 +60,8 @@ class TrainState:
     last_step: int
     step: int = 0
     """Optimizer steps done."""
+    evaluation_due: bool = False
+    """Whether this step's held-out loss was asked for, and is not known yet."""
     saved_step: int | None = None
     """Step of the last checkpoint, if this process has seen it saved or loaded."""
     stop: StopRequest = field(default_factory=StopRequest)
@@ -117,10 +119,12 @@ def packed_inputs(document_ends: list[int], device: torch.device) -> dict[str, A
     }
 
 
-def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest | None = None) -> TrainState:
+def setup(
+    config: Config, world: World, resume: str = "auto", stop: StopRequest | None = None, saves: bool = True
+) -> TrainState:
     """Data, model and engine of a configuration, at the step where training goes on. All ranks call this.
 
-    stop: asks training to end early.
+    stop: asks training to end early. saves: whether the disk must have room for checkpoints.
 
     What can be wrong is checked before the engine is built. Raises ConfigError, DataError or CheckpointError.
     """
@@ -129,17 +133,8 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
         transformers.utils.logging.disable_progress_bar()
     # A CLIP folder's text tower is no news; weights that are missing are an error of ours.
     transformers.utils.logging.set_verbosity_error()
-    settings = deepspeed_settings(config, world)
-    zero_stage = settings.get("zero_optimization", {}).get("stage", 0)
-    output_dir = Path(config.run.output_dir)
-    on_main_rank(world, lambda: check_writable(output_dir))
-    overwrite = config.run.overwrite
-    resumed_from = on_main_rank(world, lambda: checkpoint.find_resume(output_dir, resume, overwrite))
-    if resume == "none" and overwrite:
-        on_main_rank(world, lambda: checkpoint.clear(output_dir))
-    if config.model.init_from and not resumed_from:
-        on_main_rank(world, lambda: check_handover(config.model))
-    data, train = config.data, config.train
+    data, train, settings = config.data, config.train, deepspeed_settings(config, world)
+    resumed_from = on_main_rank(world, lambda: prepare_folder(config, resume))
     cache = open_cache(data)
     sources, held_out = open_on_all_ranks(data, world, cache)
 
@@ -147,8 +142,6 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
     model = load_model(config, tokenizer, resumed_from)
     freeze(model, config.freeze)
     log.info("%s", table(model))
-    sizes = checkpoint_bytes(Sharding.of(model, config.optim, settings, world.world_size))
-    on_main_rank(world, lambda: check_disk(config, sizes.each, 0 if resumed_from else sizes.frozen))
     transform = image_transform(model)
     template = ChatTemplate(tokenizer, model.config.image_token_id, model.config.image_context_length)
     reader, held_out_reader = open_reader(sources, data, cache), open_reader(held_out, data, cache, held_out=True)
@@ -161,26 +154,45 @@ def setup(config: Config, world: World, resume: str = "auto", stop: StopRequest 
         order=describe(sources, lengths if data.packing else None, data.max_length),
         shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
         shard_times=[0 if shard.url else shard.mtime_ns for shard in reader.shards],
-        trained=describe_trained(model), world_size=world.world_size, zero_stage=zero_stage,
-        frozen_from=config.model.init_from or f"{config.model.language_model} and {config.model.vision_tower}",
+        trained=describe_trained(model), world_size=world.world_size,
+        zero_stage=settings["zero_optimization"]["stage"],
     )  # fmt: skip
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
+    steps = last_step(config, stream)
+    if saves and run.step < steps:
+        sizes = checkpoint_bytes(Sharding.of(model, config.optim, settings, world.world_size))
+        on_main_rank(world, lambda: check_disk(config, steps, sizes, resumed_from))
 
     engine = build_engine(model, config, settings)
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
     saver = Saver(
-        engine, world, output_dir, config.checkpoint, tokenizer, transform, resumed_from, resumed_fingerprint=run.frozen
+        engine, world, Path(config.run.output_dir), config.checkpoint, tokenizer, transform, resumed_from, run.frozen
     )
     return TrainState(
         config=config, world=world, engine=engine, tokenizer=tokenizer, transform=transform,
         train_data=ShardDataset(reader, template, transform, data.max_length, data.packing),
         eval_data=ShardDataset(held_out_reader, template, transform, data.max_length) if held_out else None,
         sources=sources, stream=stream, lengths=lengths, geometry=geometry, saver=saver,
-        run=dataclasses.replace(run, frozen=saver.frozen.fingerprint), last_step=last_step(config, stream),
-        step=run.step, saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
+        run=dataclasses.replace(run, frozen=saver.frozen.fingerprint), last_step=steps, step=run.step,
+        evaluation_due=run.evaluation_due and bool(held_out and config.eval.every_steps),
+        saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
     )  # fmt: skip
+
+
+def prepare_folder(config: Config, resume: str) -> Path | None:
+    """Makes the run's folder ready, on rank 0: the checkpoint to go on from, or None to start anew, from an export that
+    is as it was written."""
+    output_dir = Path(config.run.output_dir)
+    check_writable(output_dir)
+    checkpoint.tidy(output_dir)
+    resumed_from = checkpoint.find_resume(output_dir, resume, config.run.overwrite)
+    if resume == "none" and config.run.overwrite:
+        checkpoint.clear(output_dir)
+    if config.model.init_from and not resumed_from:
+        check_handover(config.model)
+    return resumed_from
 
 
 def check_writable(folder: Path) -> None:

@@ -22,11 +22,10 @@ from trainer.data.loader import BatchLoader, fetch
 from trainer.data.order import global_batch, micro_batches
 from trainer.data.samples import Batch
 from trainer.dist import gather, log, on_main_rank, raise_together, sum_over_ranks
-from trainer.errors import DataError
+from trainer.errors import DataError, UserError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.metrics import Recorder
 from trainer.optim import schedule, set_learning_rates
-from trainer.saving import note_best
 from trainer.setup import TrainState
 from trainer.stopping import Stopped
 from trainer.watchdog import Heartbeat
@@ -56,31 +55,39 @@ def train(state: TrainState, until: int | None = None) -> None:
         Recorder(state.output_dir, name, state.step, state.last_step, every, world.is_main) as recorder,
     ):
         try:
-            if state.run.evaluation_due and state.eval_data:
-                evaluate_and_record(state, recorder)
+            if state.evaluation_due:
+                save(state, recorder, evaluate_and_record(state, recorder))
             while state.step < until:
                 line = train_step(state, loader)
                 if config.logging.sample_keys:
                     on_main_rank(world, partial(add_sample_keys, state, line))
                 recorder.step(line)
                 state.guard.check(state.step)
-                is_last = state.step == until
+                is_last, held_out = state.step == until, None
+                if state.eval_data and is_due(state.step, config.eval.every_steps, is_last):
+                    held_out = evaluate_and_record(state, recorder)
                 # While steps are skipped, the checkpoint from before the trouble is not to be pushed out.
                 if is_last or (state.step % config.checkpoint.save_steps == 0 and not state.guard.skipped_in_a_row):
-                    save(state, recorder)
-                if state.eval_data and is_due(state.step, config.eval.every_steps, is_last):
-                    evaluate_and_record(state, recorder)
+                    save(state, recorder, held_out)
             with saving(state):
                 state.saver.wait()
         except Stopped:
             log.info("asked to stop (%s)", state.stop.signal or "another rank")
-            if state.saved_step != state.step or state.run.evaluation_due:
+            if state.saved_step != state.step:
                 save(state, recorder)
             with saving(state):
                 state.saver.wait()
             raise
-        finally:
+        except UserError as error:
+            if error.on_all_ranks:  # all are here: a checkpoint on its way is not to be lost with the run
+                with saving(state):
+                    state.saver.settle()
+            raise
+        except Exception:
             state.saver.join()
+            raise
+        finally:  # one that ends at once, by Ctrl-C, does not wait
+            state.saver.abandon()
 
 
 def is_due(step: int, every_steps: int, is_last: bool) -> bool:
@@ -220,26 +227,25 @@ def evaluate(state: TrainState) -> tuple[float, list[tuple[Question, str]]]:
     return loss, answered
 
 
-def evaluate_and_record(state: TrainState, recorder: Recorder) -> None:
-    """An evaluation within training. One that is broken off is due when the run goes on."""
-    state.run = dataclasses.replace(state.run, evaluation_due=True)
+def evaluate_and_record(state: TrainState, recorder: Recorder) -> float:
+    """An evaluation within training: its loss. One that is broken off is due when the run goes on."""
+    state.evaluation_due = True
     loss, answered = evaluate(state)
-    state.run = dataclasses.replace(state.run, evaluation_due=False)
+    state.evaluation_due = False
     recorder.evaluation(state.step, loss)
     recorder.answers(state.step, answered)
-    if state.config.checkpoint.keep_best and state.world.is_main:
-        state.saver.join()  # only a checkpoint that is there can be the best
-        note_best(state.output_dir, state.step, loss)
+    return loss
 
 
-def save(state: TrainState, recorder: Recorder) -> None:
-    """A checkpoint of now. All ranks call this."""
+def save(state: TrainState, recorder: Recorder, held_out_loss: float | None = None) -> None:
+    """A checkpoint of now, with its held-out loss, if that is known. All ranks call this."""
     started = time.perf_counter()
     run = dataclasses.replace(
-        state.run, step=state.step, bad_samples=dict(state.ledger.counts), recent_losses=list(state.guard.recent_losses)
-    )
+        state.run, step=state.step, bad_samples=dict(state.ledger.counts),
+        recent_losses=list(state.guard.recent_losses), evaluation_due=state.evaluation_due,
+    )  # fmt: skip
     with saving(state):
-        state.saver.save(run)
+        state.saver.save(run, held_out_loss, state.lock)
     state.saved_step = state.step
     recorder.pause(state.step, time.perf_counter() - started)
 

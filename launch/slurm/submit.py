@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--time", required=True, help="limit of one start: minutes, hours:minutes:seconds, days-hours")
     parser.add_argument("--save-seconds", type=count, default=300, help="so long before the limit, save and requeue")
     parser.add_argument("--container", help="an Apptainer image that has the packages; the code stays this folder's")
-    parser.add_argument("--dry-run", action="store_true", help="print the scripts")
+    parser.add_argument("--dry-run", action="store_true", help="write and print the scripts, and submit nothing")
     return parser.parse_args()
 
 

@@ -89,7 +89,7 @@ def test_values_are_words_and_never_evaluated(tiny_run, tmp_path, cluster):
         (["--partition", "gpu --wrap=id"], "--partition 'gpu --wrap=id': expected letters"),
         (["--account", "a\nb"], "--account 'a\\nb': expected letters"),
         (["--set", "data.caption_prompt='a\n\nb'"], "cannot be part of a job's script"),
-        (["--set", "run.output_dir=/tmp/50%"], "run.output_dir '/tmp/50%': expected letters"),
+        (["--set", "run.output_dir=/runs/50%"], "run.output_dir '/runs/50%': expected letters"),
         (["--set", "train.max_step=4"], "train.max_step: unknown key; did you mean 'max_steps'?"),
         (["--nodes", "3"], "train.global_batch_size=8 is not a multiple of micro_batch_size x world size (2 x 3)"),
         (["--then", "nowhere.yaml"], "--config nowhere.yaml: no such file"),

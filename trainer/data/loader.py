@@ -19,6 +19,7 @@ from trainer.data.transform import ImageTransform
 from trainer.errors import BadSample, DataError
 from trainer.stopping import ignore_in_worker
 
+KILL_SECONDS = 5.0
 PREFETCH_BATCHES = 4
 """Micro-batches each worker keeps ready."""
 
@@ -127,7 +128,7 @@ class BatchLoader:
         self._found = iter(())
         for worker in self._workers:
             worker.kill()
-            worker.join()
+            worker.join(timeout=KILL_SECONDS)  # one in a read from a file system that is away stays until that is back
 
 
 def fetch(loader: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
