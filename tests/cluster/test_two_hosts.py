@@ -1,5 +1,6 @@
 """Without Slurm: two hosts with their own addresses, by `deepspeed --no_ssh` and by `torchrun`, and a cable pulled."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,12 +45,15 @@ class TwoHostJob:
         hostfile.write_text("n1 slots=1\nn2 slots=1\n")
         self.hosts, self.logs = hosts, [run.with_suffix(f".{host}.log") for host in NAMES]
         self.launchers = []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as on one host: more threads would add up otherwise
         for node, (host, log) in enumerate(zip(NAMES, self.logs, strict=True)):
             command = [*launcher(node, hostfile), "launch/train.py", "--config", str(config), "--set",
                        f"run.output_dir={run}", *settings]  # fmt: skip
             with log.open("w") as file:
                 self.launchers.append(
-                    hosts.start(host, *command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+                    hosts.start(
+                        host, *command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+                    )
                 )
 
     def said(self) -> str:
