@@ -175,8 +175,7 @@ REFUSED = {
     "all frozen": (["--set", "freeze=[vision_tower, projector, language_model]"], ["freeze", "nothing is left"]),
     "no such layer": (["--set", "freeze=[language_model.layers.0-9]"], ["freeze", "there is no layer 2"]),
     "unknown key": (["--set", "train.micro_batch=2"], ["train.micro_batch", "micro_batch_size"]),
-    "types": (["--set", "train.bf16=true", "deepspeed={folder}/zero0.json"],
-              ["zero_optimization.stage=0", "grad_accum_dtype", "'fp32'", "ZeRO-1 or above"]),
+    "no ZeRO": (["--set", "deepspeed={folder}/zero0.json"], ["zero_optimization.stage is 0", "expected 1, 2 or 3"]),
     "sums": (["--set", "deepspeed={folder}/sums.json"], ["grad_accum_dtype", "'fp8'", "fp32, bf16"]),
     "stage": (["--set", "deepspeed={folder}/zero4.json"], ["zero_optimization", "stage"]),
     "shards to measure with": (["--measure", "--set", "data.train=[{name: a, shards: 'no-*.tar'}]"],
@@ -188,7 +187,9 @@ REFUSED = {
 def test_what_cannot_be_is_refused_by_name(tiny_run, tmp_path, planned, name):
     for stage in (0, 4):
         (tmp_path / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    (tmp_path / "sums.json").write_text(json.dumps({"data_types": {"grad_accum_dtype": "fp8"}}))
+    (tmp_path / "sums.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp8"}})
+    )
     arguments, said = REFUSED[name]
     arguments = [argument.replace("{folder}", str(tmp_path)) for argument in arguments]
     with pytest.raises(ConfigError) as error:

@@ -158,6 +158,8 @@ def _memory(plan: Plan, gpu_memory: float) -> list[str]:
     lines.append(f"* as configured. While the model is loaded, a rank has {size(whole)} more on its host; while a")
     lines.append("checkpoint is written, rank 0 has as much for the weights that train (at the first, for all).")
     lines += [f"{option.name}: DeepSpeed refuses it with these types" for option in plan.options if not option.sharding]
+    if any(option.sharding and option.sharding.zero.stage == 0 for option in plan.options):
+        lines.append("ZeRO-0 is there to compare with: the trainer does not run it.")
     return lines
 
 
