@@ -6,18 +6,24 @@ On one process, without a launcher: python launch/train.py --config stage1.yaml
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
+
+import psutil
 
 from trainer.config import Config
 from trainer.errors import run_main
 from trainer.run_lock import RunLock, run_lock
 from trainer.stopping import EXIT_STOPPED, Stopped, StopRequest
 
+LOOK_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that this process gets when its parent has ended."""
 
@@ -74,11 +80,25 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
 
 
 def stop_with_launcher() -> None:
-    """A launcher that is killed leaves its ranks behind, and nobody would know of them: let them save and end."""
+    """A launcher that is killed leaves its ranks behind, and nobody would know of them: let them save and end.
+
+    DeepSpeed's is two processes: the command that was typed, and the parent of the ranks, which outlives it.
+    """
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)  # it was gone before
+    with contextlib.suppress(psutil.Error):
+        command = psutil.Process(parent).parent()
+        if command and any("deepspeed" in word for word in command.cmdline()):
+            threading.Thread(target=_stop_with_command, args=(parent, command.pid), daemon=True).start()
+
+
+def _stop_with_command(launcher: int, command: int) -> None:
+    with contextlib.suppress(psutil.Error):
+        while psutil.Process(launcher).ppid() == command:
+            time.sleep(LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

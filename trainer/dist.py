@@ -7,7 +7,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -79,8 +79,9 @@ class _BesideProgressBar(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(OSError):  # a terminal that was closed is no reason to lose what the run has to save
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def _listen(address: tuple[str, int], world_size: int) -> TCPStore:
         return TCPStore(*address, world_size, True, wait_for_workers=False)
     except RuntimeError as error:
         raise HostError(
-            f"{_who(0)} cannot listen on port {address[1]} ({error}): choose another, with --master_port or MASTER_PORT"
+            f"{_who(0)} cannot listen on port {address[1]} ({error}): another job on this host may have it, of this "
+            f"run even; if not, choose another, with --master_port or MASTER_PORT"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Asked to stop: a signal sets a flag, all ranks agree on it at the next micro-step, and the run ends with a save.
 
-SIGTERM comes from a preempting scheduler, SIGUSR1 ahead of a time limit, SIGINT from Ctrl-C. Handlers only set the
-flag: the process may be anywhere, in a collective too.
+SIGTERM comes from a preempting scheduler, SIGUSR1 ahead of a time limit, SIGINT from Ctrl-C, SIGHUP from a terminal
+that is closed (unless `nohup` has it ignored). Handlers only set the flag: the process may be anywhere, in a collective
+too.
 """
 
 import signal
@@ -10,7 +11,7 @@ from types import FrameType, TracebackType
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and has saved all: start it again to go on. (EX_TEMPFAIL of sysexits.h)"""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -28,7 +29,9 @@ class StopRequest:
         return bool(self.signal)
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        unheard = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        caught = [number for number in SIGNALS if not (number == signal.SIGHUP and unheard)]
+        self._before = {number: signal.signal(number, self._handle) for number in caught}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
