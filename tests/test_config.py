@@ -341,7 +341,7 @@ def test_output_dir_that_is_a_file(mistakes, tree, tmp_path):
 
 
 def test_mistakes_of_the_deepspeed_file_come_with_the_others(mistakes, tree, tmp_path):
-    (tmp_path / "zero.json").write_text('{"gradient_cliping": 1.0}')
+    (tmp_path / "zero.json").write_text('{"gradient_cliping": 1.0, "zero_optimization": {"stage": 2}}')
     found = mistakes(tree, f"deepspeed={tmp_path}/zero.json", "run.sede=1")
     assert [line.split(":")[0] for line in found] == ["run.sede", "deepspeed"]
 
