@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.collate import collate
+from trainer.data.fork import LiveForkContext
 from trainer.data.order import MicroBatch, Slot
 from trainer.data.reader import ShardReader
 from trainer.data.samples import Batch, Example, Rejected
@@ -103,7 +104,7 @@ class BatchLoader:
             collate_fn=_finished,
             num_workers=num_workers,
             # A forked worker has tokenizer and indexes at once; started anew it would import everything again.
-            multiprocessing_context="fork" if num_workers else None,
+            multiprocessing_context=LiveForkContext() if num_workers else None,
             prefetch_factor=PREFETCH_BATCHES if num_workers else None,
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 from tqdm import tqdm
 
+from trainer.data.fork import LiveForkContext
 from trainer.errors import DataError
 
 _task: Callable[[Any], Any]
@@ -38,7 +38,7 @@ def in_processes(
         return
     alive, parent = os.pipe()
     # Forked, the processes find the task in memory, with whatever it holds: tokenizers need not travel.
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (task, alive, parent))
+    pool = ProcessPoolExecutor(workers, LiveForkContext(), _start_worker, (task, alive, parent))
     finished = False
     try:
         yield from bar(pool.map(_run_task, items))
