@@ -116,7 +116,11 @@ def load_model(
 def _new_settings(settings: ModelConfig) -> dict[str, Any]:
     """How a model that is joined from two folders sees."""
     layer = settings.vision_feature_layer
-    return {"vision_feature_layer": -1 if layer is None else layer, "image_aspect": settings.image_aspect or "crop"}
+    return {
+        "vision_feature_layer": -1 if layer is None else layer,
+        "image_aspect": settings.image_aspect or "crop",
+        "base_models": {key: Path(getattr(settings, key)).name for key in ("language_model", "vision_tower")},
+    }
 
 
 def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> MQWenForConditionalGeneration:

@@ -19,18 +19,18 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
 from trainer import export, manifest
+from trainer.card import ModelCard
 from trainer.checkpoint import BEST, DEEPSPEED, STATE, RunState, existing, name_of, read_best
 from trainer.config import CheckpointConfig
-from trainer.data.transform import ImageTransform
 from trainer.data.writer import sync, write_whole
 from trainer.dist import World, gather, log, on_main_rank, on_ranks, raise_together
 from trainer.engine import full_weights
 from trainer.errors import CheckpointError, UserError
 from trainer.frozen import FrozenWeights
 from trainer.load import EXPORT, LATEST
+from trainer.models.processing_mqwen_vl import MQWenVLProcessor
 from trainer.run_lock import RunLock
 
 
@@ -46,13 +46,13 @@ class Saver:
         world: World,
         output_dir: Path,
         retention: CheckpointConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        transform: ImageTransform,
+        processor: MQWenVLProcessor,
+        card: ModelCard,
         resumed_from: Path | None,
         resumed_fingerprint: str,
     ):
         self.engine, self.world, self.output_dir, self.retention = engine, world, output_dir, retention
-        self.tokenizer, self.transform = tokenizer, transform
+        self.processor, self.card = processor, card
         self.frozen = FrozenWeights(engine)
         self.failure: UserError | None = None
         """On rank 0: why the last checkpoint could not be written. All ranks are to hear of it at the next step."""
@@ -130,7 +130,8 @@ class Saver:
         trained: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor] | Path | None, started: float,
     ) -> None:  # fmt: skip
         hf = partial / EXPORT
-        linked = export.write(self.engine.module, trained, frozen, hf, self.tokenizer, self.transform, self._file_mode)
+        card = self.card.text(state.step, held_out_loss)
+        linked = export.write(self.engine.module, trained, frozen, hf, self.processor, card, self._file_mode)
         (partial / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
         known = {}
         if isinstance(frozen, Path):  # on the disk, and hashed, already
