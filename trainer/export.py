@@ -96,10 +96,7 @@ def make_processor(
 
     system_prompt: opens conversations that have no system message.
     """
-    square = {"height": transform.size, "width": transform.size}
-    pictures = MQWenVLImageProcessor(
-        transform.aspect, square, image_mean=list(transform.mean), image_std=list(transform.std)
-    )
+    pictures = picture_processor(transform)
     image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
     tokenizer.chat_template = chat_template(image_token, system_prompt)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # answers begin where all prompts end
@@ -108,8 +105,17 @@ def make_processor(
         pictures, tokenizer, tokenizer.chat_template, image_token, model.config.image_context_length, system_prompt
     )
     processor.auto_map = {"AutoProcessor": "processing_mqwen_vl.MQWenVLProcessor"}
-    pictures.auto_map = {"AutoImageProcessor": "image_processing_mqwen_vl.MQWenVLImageProcessor"}
     return processor
+
+
+def picture_processor(transform: ImageTransform) -> MQWenVLImageProcessor:
+    """The image processor that makes the pixels of a transform, within one level where it shrinks them a lot."""
+    square = {"height": transform.size, "width": transform.size}
+    made = MQWenVLImageProcessor(
+        transform.aspect, square, image_mean=list(transform.mean), image_std=list(transform.std)
+    )
+    made.auto_map = {"AutoImageProcessor": "image_processing_mqwen_vl.MQWenVLImageProcessor"}
+    return made
 
 
 def check_complete(model: MQWenForConditionalGeneration, folder: Path) -> None:

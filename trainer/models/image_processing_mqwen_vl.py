@@ -3,6 +3,8 @@
 The pixels are those of training, within one level of 256.
 """
 
+import os
+
 import numpy as np
 from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -22,6 +24,12 @@ class MQWenVLImageProcessor(CLIPImageProcessorPil):
         kwargs.setdefault("crop_size", side)
         super().__init__(size=side, **kwargs)
         self.image_aspect = image_aspect
+
+    def fetch_images(self, image_url_or_urls):
+        """A file as it is stored: Transformers would drop its transparency. What is fetched from elsewhere has none."""
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
+            return Image.open(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
 
     def convert_to_rgb(self, image, input_data_format=None):
         """Upright, transparency laid over white, 16 bits scaled to 8, as in training."""
