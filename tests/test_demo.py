@@ -1,6 +1,7 @@
 """`make demo`, whole: the report, and the curves in a real browser."""
 
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -10,10 +11,22 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from commands import ROOT, command
 from PIL import Image
+from safetensors.torch import load_file
+from test_export import open_doors
+
+from trainer.data.samples import Turn
+from trainer.generate import Generator
+from trainer.load import find_export
+
+sys.path.insert(0, str(ROOT / "launch"))
+
+from demo_task import draw, random_scene
 
 pytestmark = pytest.mark.long
+WANTED = ("torch==", "transformers==", "pillow==")
 DEMO = ROOT / "runs" / "demo"
 
 
@@ -47,6 +60,47 @@ def test_training_hardly_pauses_to_save(demo, stage):
         between = sum(line["step_time"] for line in lines[before:step])
         assert seconds < 0.05 * between, f"step {step}: paused for {seconds:.2f} s in {between:.1f} s"
         before = step
+
+
+def test_export_opens_by_every_door_where_only_transformers_is(demo, tmp_path):
+    # A fresh environment with the pinned torch, transformers and pillow, and what these need themselves.
+    pins = [line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith(WANTED)]
+    assert len(pins) == len(WANTED)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "clean"], check=True)
+    python = tmp_path / "clean" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *pins], check=True)
+    export, rng, scenes = find_export(demo / "stage2"), random.Random(11), []
+    for number in range(4):
+        scenes.append(random_scene(rng))
+        (tmp_path / f"{number}.png").write_bytes(draw(scenes[-1], rng))
+    asked = [
+        (f"{tmp_path}/{number}.png", question) for number in range(4) for question, _ in scenes[number].questions()
+    ]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "path": file}, {"type": "text", "text": question}]}]
+        for file, question in asked
+    ]  # fmt: skip
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    open_doors(str(python), export, tmp_path)
+    shutil.copy(tmp_path / "0.png", tmp_path / "picture.jpg")
+    card = (export / "README.md").read_text()
+    sample = card.partition("```python\n")[2].partition("```")[0].replace('folder = "."', f'folder = "{export}"')
+    said = subprocess.run([python, "-c", sample], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    generator = Generator(export)
+    expected = [generator.answer([Path(file).read_bytes()], [question])[0] for file, question in asked]
+    true = [answer for scene in scenes for _, answer in scene.questions()]
+    assert sum(map(str.__eq__, expected, true)) > 0.9 * len(true)
+    answers = json.loads((tmp_path / "doors.json").read_text())
+    assert answers == dict.fromkeys(answers, expected)
+    assert said.strip() == generator.answer([(tmp_path / "0.png").read_bytes()], ["What is this?"])[0]
+    logits = load_file(tmp_path / "doors.safetensors")
+    for number, (file, question) in enumerate(asked):
+        prompt = generator.template.prompt([Turn("user", f"<image>\n{question}")])
+        pixels = generator.transform.normalize(generator.transform(Path(file).read_bytes())[None], torch.float32)
+        with torch.no_grad():
+            live = generator.model(torch.tensor([prompt]), pixel_values=pixels).logits
+        assert (logits[str(number)] - live).abs().max() < 1e-5
 
 
 @pytest.fixture

@@ -29,6 +29,14 @@ SYSTEM = "Look, then speak."
 TOKENS = 12
 
 
+def weights(export: Path) -> dict[str, torch.Tensor]:
+    """Of all files of an export."""
+    found: dict[str, torch.Tensor] = {}
+    for file in export.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
 def open_doors(python: str, export: Path, folder: Path) -> None:
     """tests/doors.py, in a process of its own."""
     done = subprocess.run(
@@ -106,6 +114,18 @@ def train_and_answer(world, config_file: str, out: str, stage: str, settings: li
     state.engine.destroy()
 
 
+def export_under_zero3(world, config_file: str, run: str, out: str) -> None:
+    """The same state, taken up and exported again under ZeRO-3."""
+    from trainer.setup import setup
+
+    settings = [f"run.output_dir={out}", "deepspeed=ds_configs/zero3.json", "train.max_steps=3"]
+    state = setup(Config.load(config_file, settings, world.world_size), world, resume=f"{run}/checkpoint-000003")
+    assert state.engine.zero_optimization_stage() == 3
+    state.saver.save(state.run)
+    state.saver.wait()
+    state.engine.destroy()
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_export_opens_by_every_door_and_answers_as_the_live_model(tiny_run, tmp_path, stage):
     aspect = {"zero2": "pad", "zero3": "crop"}[stage]
@@ -120,6 +140,11 @@ def test_export_opens_by_every_door_and_answers_as_the_live_model(tiny_run, tmp_
     assert answers == dict.fromkeys(answers, expected)
     assert len(answers) == 6
     assert len(set(expected)) > 1
+    if stage == "zero2":
+        run_ranks(export_under_zero3, 2, str(tiny_run), str(tmp_path / "run"), str(tmp_path / "zero3"))
+        both = [weights(folder / "checkpoint-000003" / "hf") for folder in (tmp_path / "run", tmp_path / "zero3")]
+        assert both[0].keys() == both[1].keys()
+        assert [name for name, tensor in both[0].items() if not torch.equal(tensor, both[1][name])] == []
     inputs, live = load_file(tmp_path / "inputs.safetensors"), live["batch"]
 
     # The language model alone is a plain Qwen folder, with the original's names.
