@@ -69,13 +69,12 @@ def test_export_opens_by_every_door_where_only_transformers_is(demo, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "clean"], check=True)
     python = tmp_path / "clean" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", *pins], check=True)
-    export, rng, scenes = find_export(demo / "stage2"), random.Random(11), []
-    for number in range(4):
-        scenes.append(random_scene(rng))
-        (tmp_path / f"{number}.png").write_bytes(draw(scenes[-1], rng))
-    asked = [
-        (f"{tmp_path}/{number}.png", question) for number in range(4) for question, _ in scenes[number].questions()
-    ]
+    export, rng, asked, true = find_export(demo / "stage2"), random.Random(11), [], []
+    for file in (f"{tmp_path}/{number}.png" for number in range(4)):
+        scene = random_scene(rng)
+        Path(file).write_bytes(draw(scene, rng))
+        asked += [(file, question) for question, _ in scene.questions()]
+        true += [answer for _, answer in scene.questions()]
     chats = [
         [{"role": "user", "content": [{"type": "image", "path": file}, {"type": "text", "text": question}]}]
         for file, question in asked
@@ -89,7 +88,6 @@ def test_export_opens_by_every_door_where_only_transformers_is(demo, tmp_path):
 
     generator = Generator(export)
     expected = [generator.answer([Path(file).read_bytes()], [question])[0] for file, question in asked]
-    true = [answer for scene in scenes for _, answer in scene.questions()]
     assert sum(map(str.__eq__, expected, true)) > 0.9 * len(true)
     answers = json.loads((tmp_path / "doors.json").read_text())
     assert answers == dict.fromkeys(answers, expected)
