@@ -53,6 +53,18 @@ class ModelConfig:
 
 
 @dataclass
+class LoraConfig:
+    r: int = 64
+    """Rank of the adapters."""
+    alpha: int = 16
+    """An adapter's output is scaled by alpha / r."""
+    dropout: float = 0.05
+    """Share of an adapter's inputs that is left out in training."""
+    target_modules: str = "c_attn|w1|w2"
+    """Last names of the linear layers in the language model that get an adapter."""
+
+
+@dataclass
 class ShardsConfig:
     name: str
     """Of the source, in logs."""
@@ -169,6 +181,9 @@ class Config:
     freeze: list[str] = field(default_factory=lambda: ["vision_tower"])
     """What does not train: a part (vision_tower, projector, language_model), a range of layers
     ('language_model.layers.0-11', both ends included), or a regular expression over parameter names."""
+    lora: LoraConfig | None = None
+    """Train adapters (LoRA, through PEFT) at optim.learning_rate, and none of the language model's own weights. Absent:
+    off; `lora: {}` turns it on with these defaults."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
