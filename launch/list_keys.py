@@ -46,6 +46,7 @@ def table() -> str:
 def row(key: str, field: dataclasses.Field, texts: dict[str, str]) -> str:
     default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "required" if default is dataclasses.MISSING else "" if default in (None, "", []) else f"`{default}`"
+    shown = shown.replace("|", "\\|")  # which would end the cell
     return f"| `{key}` | {shown} | {texts[field.name]} |"
 
 

@@ -286,15 +286,20 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_handover(settings: ModelConfig) -> None:
-    """Raises CheckpointError or ConfigError where an earlier stage's export is not as it was written, or is given
-    another tokenizer than it was trained with. What the model itself shows is checked as it is loaded."""
-    export = find_export(Path(settings.init_from or ""))
+def check_unchanged(export: Path) -> None:
+    """Raises CheckpointError where an export, or the base of an adapter, is not as its checkpoint's manifest says."""
     for folder in sorted({export, base_of(export)}):
         if folder.name in (EXPORT, BASE) and (folder.parent / MANIFEST).is_file():
             check_whole(folder.parent, within=f"{folder.name}/")
         else:
             log.info("%s lies outside its checkpoint, whose %s has its hashes: not compared", folder, MANIFEST)
+
+
+def check_handover(settings: ModelConfig) -> None:
+    """Raises CheckpointError or ConfigError where an earlier stage's export is not as it was written, or is given
+    another tokenizer than it was trained with. What the model itself shows is checked as it is loaded."""
+    export = find_export(Path(settings.init_from or ""))
+    check_unchanged(export)
     if settings.tokenizer and (export / "tokenizer.json").is_file():
         trained = PreTrainedTokenizerFast.from_pretrained(export).get_vocab()
         given = load_tokenizer(settings).get_vocab()

@@ -13,6 +13,7 @@ import math
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -40,7 +41,7 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names in files."""
 
 
-def add_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+def add_adapter(model: Any, config: LoraConfig, seed: int) -> None:
     """Puts an adapter beside every linear layer of `model.language_model` that `config.target_modules` names.
 
     The language model's own parameters stop training; others are as they were. B starts at zero, and A from a
@@ -64,7 +65,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 @torch.no_grad()
-def _reset(layer: LoraLayer, generator: torch.Generator) -> None:
+def _reset(layer: Any, generator: torch.Generator) -> None:
     """PEFT's own distribution: A uniform within 1/sqrt(inputs), B zero."""
     a, b, dtype = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.get_base_layer().weight.dtype
     for linear in (a, b):
@@ -75,7 +76,7 @@ def _reset(layer: LoraLayer, generator: torch.Generator) -> None:
         b.weight.zero_()
 
 
-def _targets(model: PreTrainedModel, target_modules: str) -> list[str]:
+def _targets(model: Any, target_modules: str) -> list[str]:
     """The names in "c_attn|w1", each that of a linear layer in the language model."""
     language_model = model.language_model
     head = language_model.get_output_embeddings()  # which makes the loss itself, and stays whole
@@ -120,7 +121,7 @@ def split(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], di
 
 
 def write_adapter(
-    model: nn.Module,
+    model: Any,
     weights: dict[str, torch.Tensor],
     base: Path,
     folder: Path,
@@ -168,8 +169,8 @@ def base_of(export: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise CheckpointError(
-        f"{export}: a LoRA adapter whose base is gone: no model in {beside}, nor in {named!r}, which its "
-        f"{ADAPTER_CONFIG} names as base_model_name_or_path; put the base/ of its checkpoint beside it, or name it there"
+        f"{export}: a LoRA adapter whose base is gone: no model in {beside}, nor in {named!r}, which "
+        f"its {ADAPTER_CONFIG} names as base_model_name_or_path; put its checkpoint's base/ beside it, or name it there"
     )
 
 
