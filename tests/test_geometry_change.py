@@ -161,6 +161,7 @@ def test_ranks_and_stage_change_at_once_in_bf16_where_no_size_comes_out_even(tin
     assert any((tensor != tensor.bfloat16()).any() for name, tensor in came.items() if name.endswith(" fp32"))
 
 
+@pytest.mark.long
 def test_a_lora_run_changes_ranks_and_stage_with_its_adapter(tiny_run, tmp_path):
     settings = [MICRO(3), "lora={r: 3, dropout: 0.0}"]
     run_ranks(straight_and_first_leg, 2, str(tiny_run), str(tmp_path), "zero2", settings, 2)

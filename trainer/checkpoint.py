@@ -169,7 +169,7 @@ def read_state(path: Path, expected: RunState) -> RunState:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its state.json cannot be read ({error})") from error
     names = {"seed": "run.seed", "global_batch_size": "train.global_batch_size",
-             "order": "order of the samples", "trained": "what trains (freeze)"}  # fmt: skip
+             "order": "order of the samples", "trained": "what trains (freeze, lora)"}  # fmt: skip
     differing = [
         f"{text} was {getattr(state, name)}, is {getattr(expected, name)}"
         for name, text in names.items() if getattr(state, name) != getattr(expected, name)

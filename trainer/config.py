@@ -26,7 +26,7 @@ class RunConfig:
     output_dir: str = ""
     """Folder of checkpoints, curves and the resolved configuration. Default: runs/NAME."""
     seed: int = 42
-    """Of the projector's initial weights and the order of the samples."""
+    """Of the initial weights of projector and adapters, and of the order of the samples."""
     overwrite: bool = False
     """With --resume none: remove the checkpoints that are in output_dir, and start anew there."""
     hang_seconds: int = 1800
