@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, command
+from demo import HELD_OUT, describe, exact_match
+from demo_task import draw, random_scene
+from jobs import Job
 from PIL import Image
 from safetensors.torch import load_file
 from test_export import open_doors
@@ -20,10 +23,6 @@ from test_export import open_doors
 from trainer.data.samples import Turn
 from trainer.generate import Generator
 from trainer.load import find_export
-
-sys.path.insert(0, str(ROOT / "launch"))
-
-from demo_task import draw, random_scene
 
 pytestmark = pytest.mark.long
 WANTED = ("torch==", "transformers==", "pillow==")
@@ -44,6 +43,32 @@ def test_model_describes_pictures_it_never_saw_and_looks_at_them(demo):
     assert report["exact_match_shuffled"] <= 0.05
     with Image.open(demo / "captions.png") as sheet:
         assert len(sheet.getcolors(1 << 20)) > 50
+
+
+def test_lora_learns_the_task_beside_a_language_model_that_stands_still(demo, tmp_path):
+    lora = "lora={r: 16, alpha: 32, target_modules: c_attn|c_proj|w1|w2}"
+    settings = [lora, "optim.learning_rate=5e-3", "optim.projector_learning_rate=1e-3", "train.max_steps=120",
+                "eval.every_steps=0"]  # fmt: skip
+    job = Job(ROOT / "launch" / "configs" / "demo_stage2.yaml", tmp_path / "run", *settings)
+    assert job.end(seconds=900) == 0, job.log.read_text()[-3000:]
+
+    checkpoint = tmp_path / "run" / "checkpoint-000120"
+    base = load_file(checkpoint / "base" / "model-frozen.safetensors")
+    original = load_file(demo / "models" / "tiny-qwen" / "model.safetensors")
+    for name, weight in original.items():
+        assert torch.equal(base[f"language_model.{name}"], weight), name
+    # Stage 1 alone, on the same base, and then with the adapter: in place, and merged for good.
+    done = command("python", "launch/export.py", "--model", str(checkpoint), "--out", str(tmp_path / "out"), "--merge")
+    assert done.returncode == 0, done.stderr
+    rng = random.Random(4)
+    scenes = [random_scene(rng) for _ in range(HELD_OUT)]
+    pictures = [draw(scene, rng) for scene in scenes]
+    found = {
+        name: exact_match(scenes, describe(Generator(find_export(folder)), pictures))
+        for name, folder in {"base": checkpoint / "base", "LoRA": checkpoint, "merged": tmp_path / "out"}.items()
+    }
+    assert found["LoRA"] >= 0.9 > found["base"], found
+    assert found["merged"] == found["LoRA"]
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

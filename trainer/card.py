@@ -26,19 +26,7 @@ tags: [mqwen_vl]
 ## Use
 
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder = "."  # this one
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-picture, question = {{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is this?"}}
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": [picture, question]}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-answer = model.generate(**inputs.to(model.device), max_new_tokens=64)
-print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
+{sample}```
 
 {system}
 
@@ -74,6 +62,36 @@ def published(config: Config) -> dict:
     return tree
 
 
+OPEN = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this one
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+"""
+OPEN_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this one, the adapter; the model it belongs to is the checkpoint's base/
+base = "../base"
+processor = AutoProcessor.from_pretrained(base, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True, dtype="auto")
+model = PeftModel.from_pretrained(model, folder)
+"""
+ASK = """\
+picture, question = {"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": [picture, question]}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**inputs.to(model.device), max_new_tokens=64)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+BASE_CARD = "The model that the LoRA adapter in `../hf` belongs to, without it; its projector is the trained one.\n"
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """What is known of a run before it begins."""
@@ -96,6 +114,7 @@ class ModelCard:
         config, system = self.config, self.config.data.system_prompt
         return CARD.format(
             name=config.run.name,
+            sample=(OPEN_ADAPTER if config.lora else OPEN) + ASK,
             step=step,
             loss="" if held_out_loss is None else f", held-out loss {held_out_loss:.4f}",
             system="Conversations without a system message are opened, as in training, with "

@@ -17,6 +17,7 @@ from trainer.data.transform import ImageTransform
 from trainer.dist import log
 from trainer.errors import CheckpointError
 from trainer.load import stored_shapes
+from trainer.lora import is_adapter, stored_name
 from trainer.models.image_processing_mqwen_vl import MQWenVLImageProcessor
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.models.processing_mqwen_vl import MQWenVLProcessor, chat_template
@@ -121,7 +122,10 @@ def picture_processor(transform: ImageTransform) -> MQWenVLImageProcessor:
 def check_complete(model: MQWenForConditionalGeneration, folder: Path) -> None:
     """Raises CheckpointError where the weights that a folder's files hold are not the model's, by name and shape."""
     # Of a parameter that ZeRO-3 has cut up, the shape it has when it is whole.
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    expected = {
+        stored_name(name): tuple(getattr(p, "ds_shape", p.shape))
+        for name, p in model.named_parameters() if not is_adapter(name)
+    }  # fmt: skip
     found = stored_shapes(folder)
     wrong = [
         f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"

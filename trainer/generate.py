@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trainer.data.samples import IMAGE_MARK, Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.load import check_export
+from trainer.load import load_trained
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 
@@ -18,11 +18,10 @@ class Generator:
     """An exported model, ready to answer. The code in the folder is not run: this package has its own."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | str = "auto"):
-        check_export(folder)
         transformers.utils.logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        self.model = MQWenForConditionalGeneration.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        self.model = load_trained(folder, dtype)
         self.model.to(self.device).eval()
         config = self.model.config
         self.transform = ImageTransform(config.vision_config.image_size, config.image_aspect)

@@ -20,8 +20,8 @@ import deepspeed
 import torch
 from safetensors import SafetensorError
 
-from trainer import export, manifest
-from trainer.card import ModelCard
+from trainer import export, lora, manifest
+from trainer.card import BASE_CARD, ModelCard
 from trainer.checkpoint import BEST, DEEPSPEED, STATE, RunState, existing, name_of, read_best
 from trainer.config import CheckpointConfig
 from trainer.data.writer import sync, write_whole
@@ -59,6 +59,9 @@ class Saver:
         self._lock: RunLock | None = None
         self._abandoned = False
         self._file_mode = export.usual_file_mode()
+        self._has_adapter = any(lora.is_adapter(name) for name, _ in engine.module.named_parameters())
+        self._model_folder = lora.BASE if self._has_adapter else EXPORT
+        """Folder in a checkpoint that has the complete model."""
         self._newest = resumed_from if resumed_fingerprint == self.frozen.fingerprint else None
         self._thread: threading.Thread | None = None
         export.describe(engine.module)
@@ -106,12 +109,12 @@ class Saver:
             return None
 
         def there() -> bool:
-            return self._newest is not None and bool(export.frozen_files(self._newest / EXPORT))
+            return self._newest is not None and bool(export.frozen_files(self._newest / self._model_folder))
 
         if on_main_rank(self.world, there):
             assert not self.world.is_main or self._newest
-            return self._newest / EXPORT if self._newest else None
-        return full_weights(self.engine, trained=False)
+            return self._newest / self._model_folder if self._newest else None
+        return lora.split(full_weights(self.engine, trained=False))[0]
 
     def _finish(self, final: Path, partial: Path, *parts: Any) -> None:
         """The part beside training, on rank 0."""
@@ -129,21 +132,28 @@ class Saver:
         self, final: Path, partial: Path, state: RunState, held_out_loss: float | None, entries: manifest.Entries,
         trained: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor] | Path | None, started: float,
     ) -> None:  # fmt: skip
-        hf = partial / EXPORT
+        model, folder = self.engine.module, partial / self._model_folder
+        own, adapter = lora.split(trained)
         card = self.card.text(state.step, held_out_loss)
-        linked = export.write(self.engine.module, trained, frozen, hf, self.processor, card, self._file_mode)
+        about = BASE_CARD if self._has_adapter else card
+        linked = export.write(model, own, frozen, folder, self.processor, about, self._file_mode)
+        folders = [folder]
+        if self._has_adapter:
+            folders.append(partial / EXPORT)
+            base, tokenizer = final / lora.BASE, self.processor.tokenizer
+            lora.write_adapter(model, adapter, base, partial / EXPORT, tokenizer, card, self._file_mode)
         (partial / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
         known = {}
         if isinstance(frozen, Path):  # on the disk, and hashed, already
             before = manifest.read(frozen.parent)
-            known = {name: before[name] for name in (f"{EXPORT}/{file}" for file in linked)}
-        for file in [partial / STATE, *hf.iterdir()]:
+            known = {name: before[name] for name in (f"{folder.name}/{file}" for file in linked)}
+        for file in [partial / STATE, *(file for each in folders for file in each.iterdir())]:
             name = str(file.relative_to(partial))
             if name not in known:
                 sync(file)
                 known[name] = file.stat().st_size, manifest.file_hash(file)
         manifest.write(partial, {**entries, **known})
-        for path in (partial / manifest.MANIFEST, partial / DEEPSPEED, hf, partial):
+        for path in (partial / manifest.MANIFEST, partial / DEEPSPEED, *folders, partial):
             sync(path)
         if self._lock:
             self._lock.check()
