@@ -121,7 +121,7 @@ class Generator:
         )
 
     def answers(self, prompts: list[Prompt], decoding: Decoding | None = None, **settings: Any) -> list[str]:
-        """The answer to each, found together; each is what it would be alone, unless it is drawn.
+        """The answer to each, found together; but for rounding, each is what it would be alone, unless it is drawn.
 
         settings: further arguments of Transformers' `generate`.
         """
