@@ -8,6 +8,7 @@ The page is served to this machine alone. --host 0.0.0.0 serves it to whoever ca
 
 import argparse
 import os
+import socket
 
 from answer_options import add_answer_options
 
@@ -21,6 +22,10 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine alone")
     args = parser.parse_args()
 
+    try:
+        socket.create_server((args.host, args.port)).close()  # before the model is read, which may take a minute
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--host {args.host} --port {args.port}: cannot be listened on ({error})") from error
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read as Gradio is imported
     # Gradio asks its own page whether it is there: not by way of a proxy.
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
@@ -38,10 +43,7 @@ def main() -> None:
     export = find_export(args.model)
     page = chat_page(Generator(export), name_and_step(export), decoding, args.system_prompt)
     print(f"http://{args.host}:{args.port}    (Ctrl-C ends it)", flush=True)
-    try:
-        serve(page, args.host, args.port)
-    except OSError as error:
-        raise ConfigError(f"--port {args.port}: cannot be listened on ({error}); give another --port") from error
+    serve(page, args.host, args.port)
 
 
 if __name__ == "__main__":

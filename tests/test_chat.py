@@ -232,9 +232,10 @@ def test_without_gradio_the_message_says_how_to_install_it(monkeypatch):
         launch(monkeypatch, "--model", "anywhere")
 
 
-def test_a_port_that_is_taken(monkeypatch, tiny_export):
-    pytest.importorskip("gradio")
+def test_a_port_that_is_taken_is_told_before_the_model_is_read(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with pytest.raises(ConfigError, match=f"--port {port}: cannot be listened on"):
-            launch(monkeypatch, "--model", str(tiny_export), "--port", port)
+        with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}: cannot be listened on .*in use"):
+            launch(monkeypatch, "--model", "anywhere", "--port", port)
+    with pytest.raises(ConfigError, match="--port 70000: cannot be listened on"):
+        launch(monkeypatch, "--model", "anywhere", "--port", "70000")

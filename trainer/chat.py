@@ -146,7 +146,7 @@ class _LocalOnly:
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serves the page at this address until Ctrl-C. Raises OSError where the port is taken."""
+    """Serves the page at this address until Ctrl-C."""
     page.launch(
         server_name=host, server_port=port, share=False, quiet=True, ssr_mode=False, footer_links=[], css=STYLE,
         theme=gr.themes.Default(font=["Helvetica Neue", "Arial", "sans-serif"], font_mono=["monospace"]),
