@@ -10,7 +10,9 @@ import yaml
 from https_server import certificate, server  # noqa: F401  (fixtures)
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from trainer.config import Config
 from trainer.data.writer import ShardWriter
+from trainer.load import load_model, load_tokenizer
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_qwen import QWenLMHeadModel
@@ -114,6 +116,23 @@ def tiny_run(tmp_path_factory) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_run, tmp_path_factory) -> Path:
+    """The model of `tiny_run` as an exported folder: what it answers is nonsense, but depends on all it is given."""
+    config = Config.load(tiny_run, [], world_size=1)
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config, tokenizer)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.4)
+    folder = tmp_path_factory.mktemp("export")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def write_tiny_models(folder: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainer.config import Config, ModelConfig
+from trainer.config import Config, DataConfig, ModelConfig
 from trainer.data.transform import ImageTransform
 from trainer.dist import log
 from trainer.errors import CheckpointError, ConfigError
@@ -332,10 +332,11 @@ def _check_same_stage_settings(
         raise ConfigError("; ".join(errors))
 
 
-def system_prompt(export: Path) -> str:
-    """What an export's model was trained to begin conversations with, where they have no system message."""
-    file = export / "processor_config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("system_prompt", "") if file.is_file() else ""
+def trained_system_prompt(export: Path) -> str:
+    """The system prompt that an export was trained with, if it says so, or else the default of data.system_prompt."""
+    file = base_of(export) / "processor_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found.get("system_prompt", DataConfig().system_prompt)
 
 
 def image_transform(model: MQWenForConditionalGeneration) -> ImageTransform:

@@ -24,7 +24,7 @@ from trainer.load import (
     find_export,
     image_transform,
     load_trained,
-    system_prompt,
+    trained_system_prompt,
 )
 from trainer.lora import BASE, base_of, set_base
 from trainer.parts import write_language_model, write_projector
@@ -93,8 +93,8 @@ def _write(found: Path, folder: Path, part: str | None, dtype: torch.dtype | Non
         write_projector(model, folder)
     else:
         export.describe(model)
-        base, card = base_of(found), found / "README.md"
-        processor = export.make_processor(model, tokenizer, image_transform(model), system_prompt(base))
+        card = found / "README.md"
+        processor = export.make_processor(model, tokenizer, image_transform(model), trained_system_prompt(found))
         about = card.read_text(encoding="utf-8").replace(OPEN_ADAPTER, OPEN) if card.is_file() else ""
         weights = {name: weight.contiguous() for name, weight in model.named_parameters()}
         export.write(model, weights, None, folder, processor, about, export.usual_file_mode())

@@ -1,6 +1,7 @@
 """A record of text (LLaVA's or OpenAI's conversation, or a caption) -> checked turns.
 
-Understood are `conversations` ({"from", "value"}), `messages` ({"role", "content"}) and `caption`.
+Understood are `conversations` ({"from", "value"}), `messages` ({"role", "content"}) and `caption`; of a question that
+is to be answered also `prompt`.
 """
 
 import re
@@ -39,16 +40,47 @@ def parse_conversation(record: Any, images: int, caption_prompt: str) -> list[Tu
             f"expected a field 'conversations' (LLaVA), 'messages' or 'caption'; the fields are {sorted(record)}",
             "no caption or conversation",
         )
+    _check_characters(turns)
+    if not any(turn.role == "assistant" and turn.text for turn in turns):
+        raise BadSample(
+            "the conversation has no answer to learn from (no turn of 'gpt' or 'assistant' with text)", "no answer"
+        )
+    return place_images(turns, images)
+
+
+def parse_question(record: Any, images: int) -> list[Turn]:
+    """The turns of one record up to its last question, which is to be answered; what follows that is left out.
+
+    Images and marks as in `parse_conversation`. Raises BadSample where the record is of another form, asks nothing, or
+    holds marks for another number of images.
+    """
+    if not isinstance(record, dict):
+        raise BadSample(f"expected a JSON object, found {type(record).__name__}", MALFORMED)
+    if isinstance(record.get("prompt"), str):
+        turns = [Turn("user", record["prompt"])]
+    elif "conversations" in record:
+        turns = _turns(record["conversations"], "conversations", "from", "value")
+    elif "messages" in record:
+        turns = _turns(record["messages"], "messages", "role", "content")
+    else:
+        raise BadSample(
+            f"expected a text 'prompt', or 'conversations' (LLaVA) or 'messages'; the fields are {sorted(record)}",
+            MALFORMED,
+        )
+    _check_characters(turns)
+    while turns and turns[-1].role != "user":
+        turns.pop()
+    if not turns or not turns[-1].text.strip():
+        raise BadSample("there is no question to answer (no turn of 'human' or 'user' with text)", MALFORMED)
+    return place_images(turns, images)
+
+
+def _check_characters(turns: list[Turn]) -> None:
     for turn in turns:
         if half := _HALF_CHARACTER.search(turn.text):
             raise BadSample(
                 f"half a character ({half[0]!r}, a lone surrogate) at place {half.start()} of a text", MALFORMED
             )
-    if not any(turn.role == "assistant" and turn.text for turn in turns):
-        raise BadSample(
-            "the conversation has no answer to learn from (no turn of 'gpt' or 'assistant' with text)", "no answer"
-        )
-    return _place_images(turns, images)
 
 
 def _turns(entries: Any, field: str, role_field: str, text_field: str) -> list[Turn]:
@@ -66,7 +98,11 @@ def _turns(entries: Any, field: str, role_field: str, text_field: str) -> list[T
     return turns
 
 
-def _place_images(turns: list[Turn], images: int) -> list[Turn]:
+def place_images(turns: list[Turn], images: int) -> list[Turn]:
+    """The turns with a mark for each of so many images: those they have, or else all before the first question.
+
+    Raises BadSample where they have marks for another number of images.
+    """
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
     if marks == 0 and images:
         question = next((turn for turn in turns if turn.role == "user"), None)
