@@ -41,7 +41,7 @@ def answers(model, processor, chats: list, together: bool) -> list[str]:
 
 
 def by_pipeline(export: Path, chats: list) -> list[str]:
-    pipe = pipeline("image-text-to-text", model=str(export), trust_remote_code=True)
+    pipe = pipeline("image-text-to-text", model=str(export), trust_remote_code=True, dtype=torch.float32)
     found = [pipe(text=chat, max_new_tokens=TOKENS, return_full_text=False)[0] for chat in chats]
     return [one["generated_text"].strip() for one in found]
 
@@ -50,16 +50,17 @@ def main() -> None:
     export, folder = map(Path, sys.argv[1:])
     chats = json.loads((folder / "chats.json").read_text())
     options = {"trust_remote_code": True}
+    exact = {"dtype": torch.float32, **options}
     assert AutoConfig.from_pretrained(export, **options).model_type == "mqwen_vl"
     tokenizer = AutoTokenizer.from_pretrained(export, **options)
     processor = AutoProcessor.from_pretrained(export, **options)
     assert type(AutoImageProcessor.from_pretrained(export, **options)) is type(processor.image_processor)
-    model = AutoModelForCausalLM.from_pretrained(export, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(export, **exact).eval()
     found = {
         "AutoModelForCausalLM": answers(model, processor, chats, together=False),
         "batch, padded on the left": answers(model, processor, chats, together=True),
         "AutoModelForImageTextToText": answers(
-            AutoModelForImageTextToText.from_pretrained(export, **options).eval(), processor, chats, together=False
+            AutoModelForImageTextToText.from_pretrained(export, **exact).eval(), processor, chats, together=False
         ),
         "pipeline": by_pipeline(export, chats),
     }
@@ -75,13 +76,13 @@ def main() -> None:
     model.save_pretrained(again)
     processor.save_pretrained(again)
     model.language_model.save_pretrained(folder / "plain-qwen")
-    reopened = AutoModelForCausalLM.from_pretrained(again, **options).eval()
+    reopened = AutoModelForCausalLM.from_pretrained(again, **exact).eval()
     found["saved again"] = answers(reopened, AutoProcessor.from_pretrained(again, **options), chats, together=True)
     # From Python's side the same; whether it agrees to a digit is not asked of bf16.
     assert len(answers(model.to(torch.bfloat16), processor, chats, together=True)) == len(chats)
     assert AutoModelForCausalLM.from_pretrained(export, dtype=torch.bfloat16, **options).dtype == torch.bfloat16
     if importlib.util.find_spec("accelerate"):
-        placed = AutoModelForCausalLM.from_pretrained(export, device_map="auto", **options).eval()
+        placed = AutoModelForCausalLM.from_pretrained(export, device_map="auto", **exact).eval()
         found["device_map"] = answers(placed, processor, chats, together=True)
     (folder / "doors.json").write_text(json.dumps(found))
     save_file(logits, folder / "doors.safetensors")

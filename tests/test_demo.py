@@ -111,7 +111,7 @@ def test_export_opens_by_every_door_where_only_transformers_is(demo, tmp_path):
     sample = card.partition("```python\n")[2].partition("```")[0].replace('folder = "."', f'folder = "{export}"')
     said = subprocess.run([python, "-c", sample], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
-    generator = Generator(export)
+    generator = Generator(export, dtype=torch.float32)
     expected = [generator.answer([Path(file).read_bytes()], [question])[0] for file, question in asked]
     assert sum(map(str.__eq__, expected, true)) > 0.9 * len(true)
     answers = json.loads((tmp_path / "doors.json").read_text())
@@ -123,7 +123,8 @@ def test_export_opens_by_every_door_where_only_transformers_is(demo, tmp_path):
         pixels = generator.transform.normalize(generator.transform(Path(file).read_bytes())[None], torch.float32)
         with torch.no_grad():
             live = generator.model(torch.tensor([prompt]), pixel_values=pixels).logits
-        assert (logits[str(number)] - live).abs().max() < 1e-5
+        # Their largest are 15, and the processor normalises pixels in another order: some units in the last place.
+        torch.testing.assert_close(logits[str(number)], live, atol=1e-5, rtol=1e-6)
 
 
 @pytest.fixture
