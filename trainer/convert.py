@@ -257,8 +257,8 @@ def _check_same_parameters(files: Path, stored: Stored, engine: deepspeed.DeepSp
     ]  # fmt: skip
     if wrong:
         raise CheckpointError(
-            f"{files.parent}: {len(wrong)} parameters differ: {'; '.join(sorted(wrong)[:3])}. Set `freeze` and `lora` back, or "
-            f"start a new stage, with model.init_from={files.parent}"
+            f"{files.parent}: {len(wrong)} parameters differ: {'; '.join(sorted(wrong)[:3])}. Set `freeze` and `lora` "
+            f"back, or start a new stage, with model.init_from={files.parent}"
         )
 
 
