@@ -303,7 +303,7 @@ def test_shards_that_were_written_to_behind_their_headers_are_named(run, state, 
     [
         ({"seed": 43}, ["run.seed was 42, is 43"]),
         ({"global_batch_size": 16}, ["train.global_batch_size was 8, is 16"]),
-        ({"trained": "2 parameters (ab)"}, ["what trains (freeze) was", "is 2 parameters (ab)"]),
+        ({"trained": "2 parameters (ab)"}, ["what trains (freeze, lora) was", "is 2 parameters (ab)"]),
         ({"order": "packs"}, ["order of the samples was samples, is packs"]),
         ({"seed": 1, "global_batch_size": 4}, ["run.seed was 42, is 1", "train.global_batch_size was 8, is 4"]),
     ],
