@@ -129,14 +129,14 @@ def write_answers(
     """Answers the questions, as lines of --out, or else of the standard output."""
     from tqdm import tqdm
 
-    from trainer.generate import Generator, trained_system_prompt
-    from trainer.load import find_export
+    from trainer.generate import Generator
+    from trainer.load import find_export, system_prompt
     from trainer.question_files import AnswerFile, answer_all
 
     export = find_export(args.model)
-    system_prompt = trained_system_prompt(export) if args.system_prompt is None else args.system_prompt
-    file = AnswerFile(args.out, questions, export, decoding, system_prompt)
-    batches = answer_all(Generator(export), questions, decoding, system_prompt, args.batch_size, file.done, leave_out)
+    opening = system_prompt(export) if args.system_prompt is None else args.system_prompt
+    file = AnswerFile(args.out, questions, export, decoding, opening)
+    batches = answer_all(Generator(export), questions, decoding, opening, args.batch_size, file.done, leave_out)
     total = -(-len(questions) // args.batch_size)
     for answers in tqdm(batches, total=total, unit="batch", disable=None if args.out else True):
         file.add(answers)

@@ -8,6 +8,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import typing
 from pathlib import Path
 
 from trainer import config
@@ -31,12 +32,11 @@ def table() -> str:
     """Markdown: key, default, meaning. The meaning is the text below the field in trainer/config.py."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for section in dataclasses.fields(config.Config):
-        if dataclasses.is_dataclass(section.type):
-            rows += [
-                row(f"{section.name}.{f.name}", f, meanings(section.type)) for f in dataclasses.fields(section.type)
-            ]
-        else:
+        keys = next(filter(dataclasses.is_dataclass, (section.type, *typing.get_args(section.type))), None)
+        if keys is not section.type:  # a plain value, or a section that may be absent
             rows.append(row(section.name, section, meanings(config.Config)))
+        if keys:
+            rows += [row(f"{section.name}.{f.name}", f, meanings(keys)) for f in dataclasses.fields(keys)]
         if section.name == "data":
             fields = dataclasses.fields(config.ShardsConfig)
             rows += [row(f"data.train[].{f.name}", f, meanings(config.ShardsConfig)) for f in fields]
@@ -46,6 +46,7 @@ def table() -> str:
 def row(key: str, field: dataclasses.Field, texts: dict[str, str]) -> str:
     default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "required" if default is dataclasses.MISSING else "" if default in (None, "", []) else f"`{default}`"
+    shown = shown.replace("|", "\\|")  # which would end the cell
     return f"| `{key}` | {shown} | {texts[field.name]} |"
 
 

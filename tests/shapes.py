@@ -10,7 +10,9 @@ import torch
 import yaml
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from trainer.config import LoraConfig
 from trainer.flops import BatchShape
+from trainer.lora import add_adapter
 from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
@@ -44,6 +46,13 @@ def small_model(dtype: torch.dtype = torch.float32, **settings: Any) -> MQWenFor
     torch.manual_seed(0)
     config = MQWenVLConfig(QWenConfig(**SIZES), CLIPVisionConfig(**VISION), image_token_id=PICTURE, **settings)
     return MQWenForConditionalGeneration(config).to(dtype).train()
+
+
+def add_lora(model: MQWenForConditionalGeneration, name: str) -> None:
+    """What the name of a case says: "LoRA" with all linear layers, or LoRA "dropping out" with the usual ones."""
+    if name.startswith("LoRA"):
+        targets, dropout = ("c_attn|w1|w2", 0.1) if "dropping out" in name else ("c_attn|c_proj|w1|w2", 0.0)
+        add_adapter(model, LoraConfig(r=24, dropout=dropout, target_modules=targets), seed=0)
 
 
 def recompute(model: MQWenForConditionalGeneration) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shapes import SIZES, batch_of, full_model, recompute, small_model
+from shapes import SIZES, add_lora, batch_of, full_model, recompute, small_model
 
 from trainer.activations import activation_bytes
 from trainer.flops import BatchShape
@@ -17,6 +17,8 @@ FROZEN = {
     "upper layers, projector frozen": ["vision_tower", "projector", "language_model.layers.0-1", "wte"],
     "everything trains": ["post_layernorm"],
     "the tower alone": ["projector", "language_model"],
+    "LoRA": ["vision_tower"],
+    "LoRA alone, dropping out": ["vision_tower", "projector"],
 }
 
 
@@ -43,6 +45,7 @@ def saved_bytes(model, inputs) -> int:
 @pytest.mark.parametrize("name", FROZEN)
 def test_bytes_are_those_that_autograd_keeps(name, dtype, checkpointing, packed):
     model = small_model(dtype)
+    add_lora(model, name)
     freeze(model, FROZEN[name])
     if checkpointing:
         recompute(model)

@@ -8,7 +8,7 @@ import list_keys
 import pytest
 import yaml
 
-from trainer.config import Config
+from trainer.config import Config, LoraConfig
 from trainer.errors import ConfigError
 from trainer.paths import expand_shards, find_config
 
@@ -166,6 +166,35 @@ def test_missing_tars_are_named(mistakes, tree, tars):
 def test_source_without_shards_is_a_mistake(mistakes, tree, shards):
     tree["data"]["eval"] = [{"name": "held-out", "shards": shards}]
     assert mistakes(tree) == ["data.eval[0].shards: names no tar"]
+
+
+# --- LoRA: a section that may be absent ---
+
+
+def test_lora_is_off_unless_it_is_given_and_then_has_defaults(load, tree):
+    assert load(tree).lora is None
+    assert load({**tree, "lora": None}).lora is None
+    assert load({**tree, "lora": {}}).lora == LoraConfig()
+    assert load(tree, "lora.r=8").lora == LoraConfig(r=8)
+    assert load({**tree, "lora": {"r": 8}}, "lora=null").lora is None
+    config = load({**tree, "lora": {"r": 8, "target_modules": "q_proj|v_proj"}}, "lora.alpha=4")
+    assert config.lora == LoraConfig(r=8, alpha=4, target_modules="q_proj|v_proj")
+    assert load(config.to_dict()) == config
+
+
+def test_mistakes_of_lora_are_named(mistakes, tree):
+    tree["lora"] = {"rank": 8, "r": 0, "alpha": "much", "dropout": 1, "target_modules": "c_attn||w1"}
+    found = mistakes(tree, "freeze=[vision_tower, language_model, language_model.layers.0-0]")
+    assert sorted(found) == [
+        "freeze: with lora all of the language model's own weights are frozen, and adapters train in every layer: "
+        "leave 'language_model.layers.0-0' out",
+        "lora.alpha: expected a whole number, found 'much'",
+        "lora.dropout: must be from 0 to below 1, found 1.0",
+        "lora.r: must be at least 1, found 0",
+        "lora.rank: unknown key; known are r, alpha, dropout, target_modules",
+        "lora.target_modules: expected names with | between them, found 'c_attn||w1'",
+    ]
+    assert mistakes(tree, "lora=yes") == ["lora: expected keys (r, alpha, dropout, target_modules), found True"]
 
 
 # --- Mistakes ---
@@ -362,8 +391,8 @@ def test_every_key_has_a_row_and_a_meaning():
     documented = {key.strip("| `") for key, _, _ in rows} - {
         f"data.train[].{key}" for key in ("name", "shards", "weight")
     }
-    tree = Config().to_dict()
-    keys = {f"{s}.{key}" for s, values in tree.items() if isinstance(values, dict) for key in values}
+    tree = Config(lora=LoraConfig()).to_dict()
+    keys = {"lora"} | {f"{s}.{key}" for s, values in tree.items() if isinstance(values, dict) for key in values}
     assert documented == keys | {s for s, values in tree.items() if not isinstance(values, dict)}
 
 

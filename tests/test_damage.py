@@ -76,7 +76,7 @@ def newer_format(run: Path, folder: Path) -> tuple[str, list[str]]:
 
 
 def another_stage(run: Path, folder: Path) -> tuple[str, list[str]]:
-    return "what trains (freeze) was", ["freeze=[vision_tower, language_model]"]
+    return "what trains (freeze, lora) was", ["freeze=[vision_tower, language_model]"]
 
 
 def another_model(run: Path, folder: Path) -> tuple[str, list[str]]:

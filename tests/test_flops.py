@@ -7,7 +7,7 @@ expected is the formula's total and once more its attention.
 
 import pytest
 import torch
-from shapes import SIZES, batch_of, full_model, recompute, small_model
+from shapes import SIZES, add_lora, batch_of, full_model, recompute, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +22,8 @@ FROZEN = {
     "upper half of the tower": ["embeddings", "pre_layrnorm", "vision_tower.layers.0-0"],
     "the tower alone": ["projector", "language_model"],
     "the head alone": ["vision_tower", "projector", "transformer"],
+    "LoRA": ["vision_tower"],
+    "LoRA alone, dropping out": ["vision_tower", "projector"],
 }
 
 
@@ -37,6 +39,7 @@ def counted(model, inputs) -> float:
 @pytest.mark.parametrize("name", FROZEN)
 def test_flops_are_those_that_are_counted(name, checkpointing, packed):
     model = small_model()
+    add_lora(model, name)
     freeze(model, FROZEN[name])
     if checkpointing:
         recompute(model)

@@ -161,6 +161,22 @@ def test_ranks_and_stage_change_at_once_in_bf16_where_no_size_comes_out_even(tin
     assert any((tensor != tensor.bfloat16()).any() for name, tensor in came.items() if name.endswith(" fp32"))
 
 
+@pytest.mark.long
+def test_a_lora_run_changes_ranks_and_stage_with_its_adapter(tiny_run, tmp_path):
+    settings = [MICRO(3), "lora={r: 3, dropout: 0.0}"]
+    run_ranks(straight_and_first_leg, 2, str(tiny_run), str(tmp_path), "zero2", settings, 2)
+    run_ranks(legs, 1, str(tiny_run), str(tmp_path), [("zero3", settings, 4), ("zero2", settings, STEPS)])
+    for step in (2, 4):
+        check_handed_over(tmp_path, step)
+    came = torch.load(tmp_path / "chain" / "came-2.pt")
+    moved = [name for name in came if ".lora_B." in name and name.endswith(" exp_avg")]
+    # c_attn, w1 and w2 in two layers; and nothing of the language model's own is trained.
+    assert len(moved) == 6
+    assert all(came[name].any() for name in moved)
+    assert not any(name.startswith("language_model.") and ".lora_" not in name for name in came if "exp_avg" in name)
+    check_same_curve(tmp_path)
+
+
 # --- Files that cannot be trusted ---
 
 

@@ -27,6 +27,12 @@ OTHERS = {
 }
 """Less common ways, each under a name that ends in the type."""
 
+LORA = {
+    "zero2 lora fp32": ["train.bf16=false"],
+    "zero2 lora alone bf16": ["train.bf16=true", "freeze=[vision_tower, projector]"],
+    "zero3 lora bf16": ["train.bf16=true"],
+}
+
 OFFLOADED = {
     f"zero{stage} offload {dtype}": {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
     for stage, dtype in ((1, "fp32"), (2, "fp32"), (2, "bf16"))
@@ -79,6 +85,8 @@ def found(small_run, tmp_path_factory) -> list[dict]:
         ]
         for zero in ("zero2", "zero3") for freeze in FREEZE for bf16 in (False, True)
     }  # fmt: skip
+    for name, settings in LORA.items():
+        runs[name] = [ZERO[name.split()[0]], "lora={r: 48, target_modules: c_attn|c_proj|w1|w2}", *settings]
     runs["zero3_offload instruct bf16"] = [ZERO["zero3_offload"], "train.bf16=true"]
     out = tmp_path_factory.mktemp("runs")
     for name, settings in (OTHERS | OFFLOADED).items():
@@ -90,7 +98,7 @@ def found(small_run, tmp_path_factory) -> list[dict]:
 NAMES = [f"{zero} {freeze} {dtype}" for zero in ("zero2", "zero3") for freeze in FREEZE for dtype in ("fp32", "bf16")]
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
+@pytest.mark.parametrize("name", [*NAMES, *LORA, *OTHERS])
 def test_an_engine_holds_what_was_planned(found, name):
     states = found[0][name]["states"]
     for i, planned in enumerate((states.weights, states.gradients, states.optimizer)):
@@ -106,7 +114,7 @@ def test_offloaded_states_are_planned_in_the_host_s_memory(found, name):
     assert max(sum(rank[name]["held"]) for rank in found) == pytest.approx(planned, rel=0.01)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
+@pytest.mark.parametrize("name", [*NAMES, *LORA, *OTHERS])
 def test_a_checkpoint_has_the_bytes_that_were_planned(found, name):
     planned, files = found[0][name]["checkpoint"], found[0][name]["files"]
     exported = sum(size for file, size in files.items() if file.endswith(".safetensors"))

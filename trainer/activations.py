@@ -5,13 +5,16 @@ both factors; SiLU its input; fused attention query, key, value, output and a lo
 With everything trained in bf16 a layer of Qwen keeps 16·D + 12·A + 8·F bytes a token (hidden size D, heads A channels
 wide together, MLP F wide): 101 KB in Qwen-1.8B, and 74 KB where the weights are frozen and gradients only pass through.
 
-Counted is what CPU and CUDA keep alike: for packed rows CUDA's kernel keeps up to 3·A values a token less.
+Counted is what CPU and CUDA keep alike: for packed rows CUDA's kernel keeps up to 3·A values a token less, and of
+dropout a byte a value.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.flops import BatchShape, Layer, clip_layer, layers_read, qwen_layer, trains
+from torch import nn
+
+from trainer.flops import BatchShape, Layer, adapter_of, clip_layer, layers_read, qwen_layer, trains
 from trainer.models.linear_cross_entropy import CHUNK_LOGITS
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
@@ -99,14 +102,30 @@ def _layer_norm(norm: Any, size: int, reached: bool) -> float:
 def _qwen_layer(layer: Layer, heads: int, size: int, reached: bool, packed: bool) -> float:
     """Bytes a token. reached: a gradient of the layer's input is wanted."""
     _, attention, wide, narrow = layer.needs_grad(reached)
-    width, channels, mlp = layer.output.out_features, layer.channels, layer.narrow.in_features
+    channels, mlp = layer.channels, layer.narrow.in_features
     saved = _rms_norm(layer.norm_1, size, reached) + _rms_norm(layer.norm_2, size, attention or trains(layer.output))
-    saved += size * width * (trains(*layer.projections) + trains(*layer.wide))
+    saved += _input(layer.projections, size, reached) + _input(layer.wide, size, wide)
     # Rotated query and key, the fused projection (the value is a view of it), output, log-sums.
     saved += (6 * size * channels + FP32 * heads) * attention
-    # Packed, the documents' outputs are put together once more for the projection.
-    saved += size * channels * trains(layer.output) * (packed or not attention)
-    return saved + size * mlp * (3 * narrow + trains(layer.narrow))
+    # Packed, the documents' outputs are put together once more for the projection; else the attention keeps them.
+    output = _input([layer.output], size, attention, kept_anyway=attention and not packed)
+    return saved + output + 3 * size * mlp * narrow + _input([layer.narrow], size, narrow)
+
+
+def _input(modules: list[Any], size: int, reached: bool, kept_anyway: bool = False) -> float:
+    """Bytes a token of what linear layers keep of their common input, and adapters of what goes through them.
+
+    reached: a gradient of the input is wanted. kept_anyway: the input is.
+    """
+    width, whole, own = size * modules[0].in_features, False, 0.0
+    for module in modules:
+        drops = any(
+            isinstance(dropout, nn.Dropout) for dropout in getattr(module, "lora_dropout", nn.ModuleDict()).values()
+        )
+        whole = whole or (trains(module) and not drops)
+        own += sum(size * linear.out_features for linear in adapter_of(module)[:1])
+        own += width * (1 + reached) * drops  # the input with zeros in it, and what it was multiplied with
+    return width * (whole and not kept_anyway) + own
 
 
 def _clip_layer(layer: Layer, heads: int, size: int, reached: bool) -> float:

@@ -3,7 +3,8 @@
     output_dir/checkpoint-000500/{deepspeed/, hf/, state.json, manifest.json}     output_dir/latest
 
 `deepspeed/` continues this run; `hf/` opens in Transformers and starts another stage. Frozen weights are in `hf/`
-alone, and a resumed run takes them from there; on the disk they are once a run, under a name in each checkpoint.
+alone, and a resumed run takes them from there; on the disk they are once a run, under a name in each checkpoint. With
+LoRA hf/ is the adapter, and base/ the rest of the model, whole.
 """
 
 import json
@@ -25,7 +26,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from trainer.convert import convert
 from trainer.dist import log
 from trainer.errors import CheckpointError
-from trainer.load import EXPORT, LATEST
+from trainer.load import LATEST
 from trainer.manifest import check_whole
 
 FORMAT = 3
@@ -171,7 +172,7 @@ def read_state(path: Path, expected: RunState) -> RunState:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its state.json cannot be read ({error})") from error
     names = {"seed": "run.seed", "global_batch_size": "train.global_batch_size",
-             "order": "order of the samples", "trained": "what trains (freeze)"}  # fmt: skip
+             "order": "order of the samples", "trained": "what trains (freeze, lora)"}  # fmt: skip
     differing = [
         f"{text} was {getattr(state, name)}, is {getattr(expected, name)}"
         for name, text in names.items() if getattr(state, name) != getattr(expected, name)
@@ -224,7 +225,7 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
                 loaded, _ = engine.load_checkpoint(str(path), tag=DEEPSPEED, load_module_strict=False)
             else:
                 log.info("%s is of %d ranks under ZeRO-%d; converting it for %d under ZeRO-%d", path, *written, *now)
-                convert(engine, path / DEEPSPEED, path / EXPORT, *written)
+                convert(engine, path / DEEPSPEED, *written)
                 loaded = str(path)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -26,7 +26,7 @@ class RunConfig:
     output_dir: str = ""
     """Folder of checkpoints, curves and the resolved configuration. Default: runs/NAME."""
     seed: int = 42
-    """Of the projector's initial weights and the order of the samples."""
+    """Of the initial weights of projector and adapters, and of the order of the samples."""
     overwrite: bool = False
     """With --resume none: remove the checkpoints that are in output_dir, and start anew there."""
     hang_seconds: int = 1800
@@ -50,6 +50,18 @@ class ModelConfig:
     """How pictures become square. Default: the earlier stage's, or crop."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass
+class LoraConfig:
+    r: int = 64
+    """Rank of the adapters."""
+    alpha: int = 16
+    """An adapter's output is scaled by alpha / r."""
+    dropout: float = 0.05
+    """Share of an adapter's inputs that is left out in training."""
+    target_modules: str = "c_attn|w1|w2"
+    """Last names of the linear layers in the language model that get an adapter."""
 
 
 @dataclass
@@ -169,6 +181,9 @@ class Config:
     freeze: list[str] = field(default_factory=lambda: ["vision_tower"])
     """What does not train: a part (vision_tower, projector, language_model), a range of layers
     ('language_model.layers.0-11', both ends included), or a regular expression over parameter names."""
+    lora: LoraConfig | None = None
+    """Train adapters (LoRA, through PEFT) at optim.learning_rate, and none of the language model's own weights. Absent:
+    off; `lora: {}` turns it on with these defaults."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

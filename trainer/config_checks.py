@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def mistakes(config: "Config", world_size: int, needs_data: bool) -> list[str]:
     """One line each. needs_data: false where shards may be missing."""
     return [
-        *_check_model(config.model), *_check_data(config, needs_data), *_check_mixture(config), *_check_numbers(config),
-        *_check_batch(config.train, world_size), *_check_files(config, world_size),
+        *_check_model(config.model), *_check_lora(config), *_check_data(config, needs_data), *_check_mixture(config),
+        *_check_numbers(config), *_check_batch(config.train, world_size), *_check_files(config, world_size),
     ]  # fmt: skip
 
 
@@ -50,6 +50,25 @@ def _check_model_type(where: str, folder: Path, expected: tuple[str, ...]) -> li
     if found in expected:
         return []
     return [f"{where}: {folder} is of architecture '{found}', expected {' or '.join(map(repr, expected))}"]
+
+
+def _check_lora(config: "Config") -> list[str]:
+    if config.lora is None:
+        return []
+    lora, errors = config.lora, []
+    errors += [
+        f"lora.{name}: must be at least 1, found {n}" for name, n in (("r", lora.r), ("alpha", lora.alpha)) if n < 1
+    ]
+    if not 0 <= lora.dropout < 1:
+        errors.append(f"lora.dropout: must be from 0 to below 1, found {lora.dropout}")
+    if not all(name.strip() for name in lora.target_modules.split("|")):
+        errors.append(f"lora.target_modules: expected names with | between them, found '{lora.target_modules}'")
+    if of_layers := [pattern for pattern in config.freeze if pattern.startswith("language_model.")]:
+        errors.append(
+            f"freeze: with lora all of the language model's own weights are frozen, and adapters train in every layer: "
+            f"leave '{of_layers[0]}' out"
+        )
+    return errors
 
 
 def _check_data(config: "Config", needs_data: bool) -> list[str]:

@@ -71,6 +71,8 @@ def _convert(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
+        for section in filter(dataclasses.is_dataclass, arguments):  # one that may be absent: its mistakes count
+            return _convert(section, value, where, errors)
         attempts: list[str] = []
         for argument in arguments:
             attempts.clear()

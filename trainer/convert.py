@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.dist import raise_together
 from trainer.errors import CheckpointError
+from trainer.lora import stored_name
 
 FP32 = "fp32"
 """The master weights, beside AdamW's own names for what it gathers:"""
@@ -69,13 +70,13 @@ class Stored:
         return torch.cat(parts).detach().view(self.shapes[name])
 
 
-def convert(engine: deepspeed.DeepSpeedEngine, files: Path, export: Path, world_size: int, zero_stage: int) -> None:
+def convert(engine: deepspeed.DeepSpeedEngine, files: Path, world_size: int, zero_stage: int) -> None:
     """Master weights, moments and step of every trained parameter, from DeepSpeed's files, into a new engine.
 
     Frozen weights are to be in the engine already. All ranks call this, where `torch.serialization.safe_globals` are
     set to what the files may hold beside tensors and plain values.
 
-    files, export: folders of DeepSpeed and of Transformers in a checkpoint.
+    files: folder of DeepSpeed in a checkpoint; those of Transformers lie beside it.
     world_size, zero_stage: that the files are cut for.
 
     Raises CheckpointError, on all ranks, where a file is missing, damaged or holds anything else, where other
@@ -84,7 +85,7 @@ def convert(engine: deepspeed.DeepSpeedEngine, files: Path, export: Path, world_
     stored, exported, failure = None, None, None
     try:
         _check_target(engine)
-        stored, exported = read(files, world_size, zero_stage), Exported(export)
+        stored, exported = read(files, world_size, zero_stage), Exported(files.parent)
         _check_same_parameters(files, stored, engine)
     except CheckpointError as error:
         failure = error
@@ -106,7 +107,7 @@ def convert(engine: deepspeed.DeepSpeedEngine, files: Path, export: Path, world_
         if parameter.requires_grad and not _agree(weight, values[FP32]):
             wrong.append(f"{name} as the model has it")
         if not _agree(weight, exported.get(name)):
-            wrong.append(f"{name} in {export.name}/")
+            wrong.append(f"{name} as it was exported")
     if wrong:
         failure = CheckpointError(
             f"{files.parent}: converted from {world_size} ranks under ZeRO-{zero_stage}, the engine differs from it in "
@@ -256,8 +257,8 @@ def _check_same_parameters(files: Path, stored: Stored, engine: deepspeed.DeepSp
     ]  # fmt: skip
     if wrong:
         raise CheckpointError(
-            f"{files.parent}: {len(wrong)} parameters differ: {'; '.join(sorted(wrong)[:3])}. Set `freeze` back, or "
-            f"start a new stage, with model.init_from={files.parent}"
+            f"{files.parent}: {len(wrong)} parameters differ: {'; '.join(sorted(wrong)[:3])}. Set `freeze` and `lora` "
+            f"back, or start a new stage, with model.init_from={files.parent}"
         )
 
 
@@ -320,10 +321,10 @@ def _agree(here: torch.Tensor | None, there: torch.Tensor | None) -> bool:
 
 
 class Exported:
-    """The weights in a checkpoint's export, read one at a time, on rank 0."""
+    """The weights in a checkpoint's export, with LoRA also those of its base, read one at a time, on rank 0."""
 
-    def __init__(self, folder: Path):
-        files = sorted(folder.glob("*.safetensors")) if torch.distributed.get_rank() == 0 else []
+    def __init__(self, checkpoint: Path):
+        files = sorted(checkpoint.glob("*/*.safetensors")) if torch.distributed.get_rank() == 0 else []
         self.where: dict[str, Path] = {}
         for file in files:
             try:
@@ -333,6 +334,8 @@ class Exported:
                 raise CheckpointError(f"{file}: cannot be read ({error})") from error
 
     def get(self, name: str) -> torch.Tensor | None:
+        """name: of the parameter in the engine."""
+        name = stored_name(name)
         if name not in self.where:
             return None
         with safe_open(self.where[name], "pt") as content:

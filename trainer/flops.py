@@ -4,7 +4,7 @@ Counted are matrix products, at two operations for a multiplication and an addit
 percent at real sizes. A linear layer of P positions costs 2·P·in·out in the forward pass, the same again for the
 gradient of its input, where that is wanted, and the same for the gradient of its weight, where that trains. So a frozen
 layer with something trained before it costs twice its forward pass, a trained one three times. (Kaplan et al. 2020,
-section 2.1; PaLM, Chowdhery et al. 2022, appendix B, for what MFU counts)
+section 2.1; PaLM, Chowdhery et al. 2022, appendix B, for what MFU counts) LoRA adds two narrow trained layers.
 
 Causal attention counts the half of the square that is needed: 2·A·S² for a document of S tokens and heads A channels
 wide together. What activation checkpointing computes a second time is kept apart: MFU leaves it out, HFU counts it.
@@ -188,13 +188,27 @@ def _layer(layer: Layer, positions: float, square: float, reached: bool) -> tupl
     linear += _linear(layer.output, positions, attention) + _linear(layer.narrow, positions, narrow)
     # A recomputation ends when the last tensor that was saved is there again: before the MLP's last product.
     again = square + _forward([*layer.projections, layer.output, *layer.wide], positions)
+    again += _forward([layer.narrow], positions) * bool(adapter_of(layer.narrow))  # whose adapter saves something last
     return linear, square * (1 + 2 * attention), again * (narrow or trains(layer.narrow))
 
 
+def adapter_of(module: nn.Module) -> list[Any]:
+    """LoRA's two linear layers, into its rank and out of it, beside a layer that has them."""
+    pairs = (getattr(module, name, nn.ModuleDict()) for name in ("lora_A", "lora_B"))
+    return [linear for pair in pairs for linear in pair.values()]
+
+
 def _forward(modules: list[nn.Linear], positions: float) -> float:
-    return sum(2 * positions * module.in_features * module.out_features for module in modules)
+    return sum(_product(linear, positions) for module in modules for linear in (module, *adapter_of(module)))
+
+
+def _product(module: nn.Linear, positions: float) -> float:
+    return 2 * positions * module.in_features * module.out_features
 
 
 def _linear(module: nn.Linear, positions: float, input_needs_grad: bool) -> float:
     """Forward pass, gradient of the input, gradient of the weight."""
-    return _forward([module], positions) * (1 + input_needs_grad + module.weight.requires_grad)
+    total = _product(module, positions) * (1 + input_needs_grad + module.weight.requires_grad)
+    for linear, reached in zip(adapter_of(module), (input_needs_grad, True), strict=False):
+        total += _product(linear, positions) * (1 + reached + linear.weight.requires_grad)
+    return total

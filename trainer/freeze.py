@@ -6,9 +6,13 @@ import re
 from torch import nn
 
 from trainer.errors import ConfigError
+from trainer.lora import describe_adapter, is_adapter, stored_name
 
 PARTS = {"vision_tower": "vision_tower.", "projector": "multi_modal_projector.", "language_model": "language_model."}
 """Name in configurations -> prefix of its parameters."""
+
+LORA = "lora"
+"""The part of adapters inside the language model, which no pattern of `freeze` names."""
 
 LAYERS = {"vision_tower": "vision_tower.encoder.layers.", "language_model": "language_model.transformer.h."}
 """Parts with numbered layers -> prefix of a layer's number."""
@@ -16,6 +20,8 @@ LAYERS = {"vision_tower": "vision_tower.encoder.layers.", "language_model": "lan
 
 def part_of(name: str) -> str:
     """The part that a parameter belongs to."""
+    if is_adapter(name):
+        return LORA
     return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
 
 
@@ -23,9 +29,10 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Turns off gradients of every parameter that a pattern names.
 
     A pattern is a part, a range of layers ("language_model.layers.0-11", both ends included) or a regular expression
-    searched for in the parameter's name. Raises ConfigError, for all patterns at once, where one matches nothing or
-    is no expression, or where nothing would be left to train.
+    searched for in the parameter's name, as it is without LoRA; adapters are left as they are. Raises ConfigError, for
+    all patterns at once, where one matches nothing or is no expression, or where nothing would be left to train.
     """
+    own = {stored_name(name): p for name, p in model.named_parameters() if not is_adapter(name)}
     errors = []
     for pattern in patterns:
         try:
@@ -34,7 +41,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
             errors.append(f"'{pattern}' is not a regular expression ({error})")
             continue
         for where, expression in expressions.items():
-            named = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
+            named = [parameter for name, parameter in own.items() if expression.search(name)]
             for parameter in named:
                 parameter.requires_grad_(False)
             if not named:
@@ -59,18 +66,19 @@ def _expressions(pattern: str) -> dict[str, re.Pattern[str]]:
 
 
 def describe_trained(model: nn.Module) -> str:
-    """How many parameters train, and a hash of their names and shapes."""
+    """How many parameters train, a hash of their names and shapes, and what scales adapters."""
     trained = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.requires_grad]
     digest = hashlib.sha256("\n".join(trained).encode()).hexdigest()[:8]
-    return f"{len(trained)} parameters ({digest})"
+    return f"{len(trained)} parameters ({digest}){describe_adapter(model)}"
 
 
 def table(model: nn.Module) -> str:
     """Parameters of each part, and how many of them train."""
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
-        counts[part_of(name)][0] += parameter.numel()
-        counts[part_of(name)][1] += parameter.numel() * parameter.requires_grad
+        count = counts.setdefault(part_of(name), [0, 0])
+        count[0] += parameter.numel()
+        count[1] += parameter.numel() * parameter.requires_grad
     counts["total"] = [sum(count[i] for count in counts.values()) for i in (0, 1)]
     rows = [f"{part:<16}{total:>18,}{trains:>18,}" for part, (total, trains) in counts.items()]
     return "\n".join([f"{'part':<16}{'parameters':>18}{'trained':>18}", *rows])

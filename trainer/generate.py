@@ -1,6 +1,5 @@
 """Answers of an exported model: to prompts of any lengths and any numbers of pictures, together, or as they grow."""
 
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -13,13 +12,14 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from trainer.config import DataConfig, ModelConfig
+from trainer.config import ModelConfig
 from trainer.data.conversation import place_images
 from trainer.data.samples import Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.errors import ConfigError, DataError
-from trainer.load import check_export, image_transform, load_tokenizer
+from trainer.load import check_export, image_transform, load_tokenizer, load_trained, system_prompt
+from trainer.lora import base_of
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 HALF_CHARACTER = "\ufffd"
@@ -86,17 +86,17 @@ class Generator:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | str = "auto"):
-        check_export(folder)
+        check_export(base_of(folder))
         transformers.utils.logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(ModelConfig(init_from=str(folder)))
-        self.model = MQWenForConditionalGeneration.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        self.model = load_trained(folder, dtype)
         self.model.to(self.device).eval()
         config = self.model.config
         self.transform = image_transform(self.model)
         self.template = ChatTemplate(self.tokenizer, config.image_token_id, config.image_context_length)
         self.context_length = context_length(config.text_config)
-        self.system_prompt = trained_system_prompt(folder)
+        self.system_prompt = system_prompt(folder)
 
     def prompt(self, turns: list[Turn], images: list[bytes], system_prompt: str | None = None) -> Prompt:
         """The prompt of a conversation that ends with a question, with its encoded pictures in reading order.
@@ -176,13 +176,6 @@ class Generator:
 def context_length(text: PretrainedConfig) -> int:
     """Tokens that a language model of this configuration reads and writes at most."""
     return getattr(text, "seq_length", None) or text.max_position_embeddings
-
-
-def trained_system_prompt(folder: Path) -> str:
-    """The system prompt that an export was trained with, if it says so, or else the default of data.system_prompt."""
-    file = folder / "processor_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found.get("system_prompt", DataConfig().system_prompt)
 
 
 def generate(

@@ -15,10 +15,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainer.config import Config, ModelConfig
+from trainer.config import Config, DataConfig, ModelConfig
 from trainer.data.transform import ImageTransform
 from trainer.dist import log
 from trainer.errors import CheckpointError, ConfigError
+from trainer.lora import ADAPTER_CONFIG, BASE, add_adapter, base_of, merge
 from trainer.manifest import MANIFEST, check_whole
 from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.configuration_qwen import QWenConfig
@@ -36,7 +37,7 @@ LATEST = "latest"
 """File in a run folder that names its newest whole checkpoint."""
 
 EXPORT = "hf"
-"""Folder in a checkpoint that opens in Transformers."""
+"""Folder in a checkpoint that opens in Transformers; in a LoRA run's in PEFT, beside the base/ that it stands on."""
 
 
 def find_export(folder: Path) -> Path:
@@ -50,9 +51,22 @@ def find_export(folder: Path) -> Path:
     if (folder / LATEST).is_file():
         candidates.append(folder / (folder / LATEST).read_text().strip() / EXPORT)
     for candidate in candidates:
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or (candidate / ADAPTER_CONFIG).is_file():
             return candidate
-    raise CheckpointError(f"{folder}: neither a model folder (config.json), a checkpoint (hf/) nor a run ({LATEST})")
+    raise CheckpointError(
+        f"{folder}: neither a model folder (config.json), a LoRA adapter ({ADAPTER_CONFIG}), a checkpoint (hf/) nor a "
+        f"run ({LATEST})"
+    )
+
+
+def load_trained(folder: Path, dtype: torch.dtype | str = "auto") -> MQWenForConditionalGeneration:
+    """The plain model of a run, checkpoint, export or LoRA adapter, which is merged into its base; on the CPU.
+
+    dtype: "auto" for the one it is stored in. Raises CheckpointError where there is none, or weights are missing.
+    """
+    export = find_export(folder)
+    model = _load(MQWenForConditionalGeneration, base_of(export), dtype)
+    return merge(model, export) if base_of(export) != export else model
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -92,8 +106,12 @@ def load_model(
     settings, dtype = config.model, torch.bfloat16 if config.train.bf16 else torch.float32
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     if settings.init_from or resumed_from:
-        model = _load(MQWenForConditionalGeneration, find_export(resumed_from or Path(settings.init_from or "")), dtype)
-        _check_same_stage_settings(settings, model, image_token_id, resumed_from or Path(settings.init_from or ""))
+        start = resumed_from or Path(settings.init_from or "")
+        if resumed_from:  # its adapter is in the checkpoint's own state
+            model = _load(MQWenForConditionalGeneration, base_of(find_export(start)), dtype)
+        else:
+            model = load_trained(start, dtype)
+        _check_same_stage_settings(settings, model, image_token_id, start)
         if resumed_from:
             _check_same_model(settings, model, resumed_from)
     else:
@@ -110,13 +128,19 @@ def load_model(
         eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)],
         pad_token_id=tokenizer.pad_token_id,
     )
+    if config.lora:
+        add_adapter(model, config.lora, config.run.seed)
     return model
 
 
 def _new_settings(settings: ModelConfig) -> dict[str, Any]:
     """How a model that is joined from two folders sees."""
     layer = settings.vision_feature_layer
-    return {"vision_feature_layer": -1 if layer is None else layer, "image_aspect": settings.image_aspect or "crop"}
+    return {
+        "vision_feature_layer": -1 if layer is None else layer,
+        "image_aspect": settings.image_aspect or "crop",
+        "base_models": {key: Path(getattr(settings, key)).name for key in ("language_model", "vision_tower")},
+    }
 
 
 def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> MQWenForConditionalGeneration:
@@ -128,7 +152,7 @@ def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None)
     if tokenizer is not None:
         token = {"image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}
     if settings.init_from:
-        folder = find_export(Path(settings.init_from))
+        folder = base_of(find_export(Path(settings.init_from)))
         check_export(folder)
         sizes = MQWenVLConfig.from_pretrained(folder)
     else:
@@ -140,6 +164,9 @@ def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None)
     if settings.init_from:
         _check_same_stage_settings(settings, model, token.get("image_token_id", sizes.image_token_id), folder)
     check_fit(config, sizes, tokenizer)
+    if config.lora:
+        with torch.device("meta"):
+            add_adapter(model, config.lora, config.run.seed)
     return model
 
 
@@ -168,7 +195,7 @@ def check_fit(config: Config, sizes: MQWenVLConfig, tokenizer: PreTrainedTokeniz
 def model_config(settings: ModelConfig) -> MQWenVLConfig:
     """How the model of these settings sees, from its config.json alone; of a new one the language model is left out."""
     if settings.init_from:
-        return MQWenVLConfig.from_pretrained(find_export(Path(settings.init_from)))
+        return MQWenVLConfig.from_pretrained(base_of(find_export(Path(settings.init_from))))
     vision = CLIPVisionConfig.from_pretrained(Path(settings.vision_tower or ""))
     return MQWenVLConfig(vision_config=vision, image_aspect=settings.image_aspect or "crop")
 
@@ -183,7 +210,7 @@ def check_export(folder: Path) -> None:
         raise CheckpointError(f"{folder}: of architecture '{found}', expected an export ('{MQWenVLConfig.model_type}')")
 
 
-def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype, **settings: bool) -> PreTrainedModel:
+def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype | str, **settings: bool) -> PreTrainedModel:
     if cls is MQWenForConditionalGeneration:
         check_export(folder)
     if cls is not CLIPVisionModel:  # Transformers knows its weights by several names
@@ -263,14 +290,20 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def check_unchanged(export: Path) -> None:
+    """Raises CheckpointError where an export, or the base of an adapter, is not as its checkpoint's manifest says."""
+    for folder in sorted({export, base_of(export)}):
+        if folder.name in (EXPORT, BASE) and (folder.parent / MANIFEST).is_file():
+            check_whole(folder.parent, within=f"{folder.name}/")
+        else:
+            log.info("%s lies outside its checkpoint, whose %s has its hashes: not compared", folder, MANIFEST)
+
+
 def check_handover(settings: ModelConfig) -> None:
     """Raises CheckpointError or ConfigError where an earlier stage's export is not as it was written, or is given
     another tokenizer than it was trained with. What the model itself shows is checked as it is loaded."""
     export = find_export(Path(settings.init_from or ""))
-    if export.name == EXPORT and (export.parent / MANIFEST).is_file():
-        check_whole(export.parent, within=f"{EXPORT}/")
-    else:
-        log.info("%s lies outside its checkpoint, whose %s has its hashes: not compared", export, MANIFEST)
+    check_unchanged(export)
     if settings.tokenizer and (export / "tokenizer.json").is_file():
         trained = PreTrainedTokenizerFast.from_pretrained(export).get_vocab()
         given = load_tokenizer(settings).get_vocab()
@@ -297,6 +330,14 @@ def _check_same_stage_settings(
         errors.append(f"the tokenizer's placeholder is {image_token_id}, the model's {model.config.image_token_id}")
     if errors:
         raise ConfigError("; ".join(errors))
+
+
+def system_prompt(export: Path) -> str:
+    """What an export's model was trained to begin conversations with, where they have no system message; of a folder
+    that does not say, the default of data.system_prompt."""
+    file = base_of(export) / "processor_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found.get("system_prompt", DataConfig().system_prompt)
 
 
 def image_transform(model: MQWenForConditionalGeneration) -> ImageTransform:

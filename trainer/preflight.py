@@ -29,7 +29,7 @@ from trainer.errors import ConfigError
 from trainer.memory import CheckpointBytes, most_checkpoints
 from trainer.paths import ROOT
 
-PACKAGES = ("torch", "deepspeed", "transformers")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 SHOWN = 8
 """Differences in a message; there may be hundreds of ranks."""
 

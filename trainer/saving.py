@@ -19,18 +19,18 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
-from trainer import export, manifest
+from trainer import export, lora, manifest
+from trainer.card import BASE_CARD, ModelCard
 from trainer.checkpoint import BEST, DEEPSPEED, STATE, RunState, existing, name_of, read_best
 from trainer.config import CheckpointConfig
-from trainer.data.transform import ImageTransform
 from trainer.data.writer import sync, write_whole
 from trainer.dist import World, gather, log, on_main_rank, on_ranks, raise_together
 from trainer.engine import full_weights
 from trainer.errors import CheckpointError, UserError
 from trainer.frozen import FrozenWeights
 from trainer.load import EXPORT, LATEST
+from trainer.models.processing_mqwen_vl import MQWenVLProcessor
 from trainer.run_lock import RunLock
 
 
@@ -46,19 +46,22 @@ class Saver:
         world: World,
         output_dir: Path,
         retention: CheckpointConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        transform: ImageTransform,
+        processor: MQWenVLProcessor,
+        card: ModelCard,
         resumed_from: Path | None,
         resumed_fingerprint: str,
     ):
         self.engine, self.world, self.output_dir, self.retention = engine, world, output_dir, retention
-        self.tokenizer, self.transform = tokenizer, transform
+        self.processor, self.card = processor, card
         self.frozen = FrozenWeights(engine)
         self.failure: UserError | None = None
         """On rank 0: why the last checkpoint could not be written. All ranks are to hear of it at the next step."""
         self._lock: RunLock | None = None
         self._abandoned = False
         self._file_mode = export.usual_file_mode()
+        self._has_adapter = any(lora.is_adapter(name) for name, _ in engine.module.named_parameters())
+        self._model_folder = lora.BASE if self._has_adapter else EXPORT
+        """Folder in a checkpoint that has the complete model."""
         self._newest = resumed_from if resumed_fingerprint == self.frozen.fingerprint else None
         self._thread: threading.Thread | None = None
         export.describe(engine.module)
@@ -106,12 +109,12 @@ class Saver:
             return None
 
         def there() -> bool:
-            return self._newest is not None and bool(export.frozen_files(self._newest / EXPORT))
+            return self._newest is not None and bool(export.frozen_files(self._newest / self._model_folder))
 
         if on_main_rank(self.world, there):
             assert not self.world.is_main or self._newest
-            return self._newest / EXPORT if self._newest else None
-        return full_weights(self.engine, trained=False)
+            return self._newest / self._model_folder if self._newest else None
+        return lora.split(full_weights(self.engine, trained=False))[0]
 
     def _finish(self, final: Path, partial: Path, *parts: Any) -> None:
         """The part beside training, on rank 0."""
@@ -129,20 +132,28 @@ class Saver:
         self, final: Path, partial: Path, state: RunState, held_out_loss: float | None, entries: manifest.Entries,
         trained: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor] | Path | None, started: float,
     ) -> None:  # fmt: skip
-        hf = partial / EXPORT
-        linked = export.write(self.engine.module, trained, frozen, hf, self.tokenizer, self.transform, self._file_mode)
+        model, folder = self.engine.module, partial / self._model_folder
+        own, adapter = lora.split(trained)
+        card = self.card.text(state.step, held_out_loss)
+        about = BASE_CARD if self._has_adapter else card
+        linked = export.write(model, own, frozen, folder, self.processor, about, self._file_mode)
+        folders = [folder]
+        if self._has_adapter:
+            folders.append(partial / EXPORT)
+            base, tokenizer = final / lora.BASE, self.processor.tokenizer
+            lora.write_adapter(model, adapter, base, partial / EXPORT, tokenizer, card, self._file_mode)
         (partial / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
         known = {}
         if isinstance(frozen, Path):  # on the disk, and hashed, already
             before = manifest.read(frozen.parent)
-            known = {name: before[name] for name in (f"{EXPORT}/{file}" for file in linked)}
-        for file in [partial / STATE, *hf.iterdir()]:
+            known = {name: before[name] for name in (f"{folder.name}/{file}" for file in linked)}
+        for file in [partial / STATE, *(file for each in folders for file in each.iterdir())]:
             name = str(file.relative_to(partial))
             if name not in known:
                 sync(file)
                 known[name] = file.stat().st_size, manifest.file_hash(file)
         manifest.write(partial, {**entries, **known})
-        for path in (partial / manifest.MANIFEST, partial / DEEPSPEED, hf, partial):
+        for path in (partial / manifest.MANIFEST, partial / DEEPSPEED, *folders, partial):
             sync(path)
         if self._lock:
             self._lock.check()

@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from trainer import checkpoint
+from trainer.card import ModelCard
 from trainer.config import Config
 from trainer.data.lengths import Lengths
 from trainer.data.loader import ShardDataset
@@ -27,6 +28,7 @@ from trainer.data.transform import ImageTransform
 from trainer.dist import World, log, on_main_rank
 from trainer.engine import build_engine, deepspeed_settings
 from trainer.errors import ConfigError
+from trainer.export import make_processor
 from trainer.freeze import describe_trained, freeze, table
 from trainer.guard import StepGuard
 from trainer.ledger import Ledger
@@ -167,9 +169,11 @@ def setup(
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
+    processor = make_processor(model, tokenizer, transform, data.system_prompt)
     saver = Saver(
-        engine, world, Path(config.run.output_dir), config.checkpoint, tokenizer, transform, resumed_from, run.frozen
-    )
+        engine, world, Path(config.run.output_dir), config.checkpoint, processor, ModelCard.of(config, model),
+        resumed_from, run.frozen,
+    )  # fmt: skip
     return TrainState(
         config=config, world=world, engine=engine, tokenizer=tokenizer, transform=transform,
         train_data=ShardDataset(reader, template, transform, data.max_length, data.packing),

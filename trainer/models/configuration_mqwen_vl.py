@@ -13,6 +13,7 @@ class MQWenVLConfig(PretrainedConfig):
     vision_feature_layer: hidden state of the tower that is projected; -1 is its last (the notes), -2 the one before
     (LLaVA). The class token is removed.
     image_aspect: how pictures become square: "crop", "pad" or "squash".
+    base_models: names of the folders that training began with, {"language_model": ..., "vision_tower": ...}.
     """
 
     model_type = "mqwen_vl"
@@ -25,6 +26,7 @@ class MQWenVLConfig(PretrainedConfig):
         image_token_id=151646,
         vision_feature_layer=-1,
         image_aspect="crop",
+        base_models=None,
         **kwargs,
     ):
         if text_config is None or isinstance(text_config, dict):
@@ -36,6 +38,7 @@ class MQWenVLConfig(PretrainedConfig):
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.image_aspect = image_aspect
+        self.base_models = base_models or {}
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 

@@ -12,6 +12,8 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from .processing_mqwen_vl import chat_template
+
 VOCABULARY_FILE = "qwen.tiktoken"
 
 # Letters, single digits, punctuation and white space are never merged across. (source: Qwen v1's tokenizer)
@@ -23,14 +25,6 @@ SPLIT_PATTERN = (
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE_PLACEHOLDER = "<|extra_0|>"
 CONTROL_TOKENS = [END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205))]
-
-# ChatML. A message's content is a string, or a list of {"type": "text", "text": ...} and {"type": "image"}.
-CHAT_TEMPLATE = """\
-{% for message in messages %}<|im_start|>{{ message['role'] }}
-{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
-{% if part['type'] == 'image' %}<|extra_0|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 
 class _QWenConverter(TikTokenConverter):
@@ -67,6 +61,6 @@ def build_tokenizer(vocabulary_file: str | Path) -> PreTrainedTokenizerFast:
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         additional_special_tokens=[IM_START, IM_END, IMAGE_PLACEHOLDER],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(IMAGE_PLACEHOLDER),
         clean_up_tokenization_spaces=False,
     )
