@@ -134,9 +134,9 @@ def write_answers(
     from trainer.question_files import AnswerFile, answer_all
 
     export = find_export(args.model)
-    system_prompt = trained_system_prompt(export) if args.system_prompt is None else args.system_prompt
-    file = AnswerFile(args.out, questions, export, decoding, system_prompt)
-    batches = answer_all(Generator(export), questions, decoding, system_prompt, args.batch_size, file.done, leave_out)
+    opening = trained_system_prompt(export) if args.system_prompt is None else args.system_prompt
+    file = AnswerFile(args.out, questions, export, decoding, opening)
+    batches = answer_all(Generator(export), questions, decoding, opening, args.batch_size, file.done, leave_out)
     total = -(-len(questions) // args.batch_size)
     for answers in tqdm(batches, total=total, unit="batch", disable=None if args.out else True):
         file.add(answers)

@@ -108,9 +108,17 @@ def visible(text: str) -> str:
     return "".join(character for character in text if character.isprintable() and not character.isspace())
 
 
-def ask(page, text: str) -> None:
-    page.locator("textarea").fill(text)
-    page.locator("textarea").press("Enter")
+def ask(page, text: str, answered_by: str = "") -> None:
+    """Types a question and sends it: it leaves the box, or is answered by a message of this text.
+
+    Enter does nothing while the last answer is still on its way, if only by its last word.
+    """
+    box, end = page.locator("textarea"), time.monotonic() + 20
+    box.fill(text)
+    while page.get_by_text(answered_by).count() == 0 if answered_by else box.input_value():
+        assert time.monotonic() < end, text
+        box.press("Enter")
+        page.wait_for_timeout(200)
 
 
 def attach(page, name: str, content: bytes) -> None:
@@ -171,16 +179,14 @@ def test_a_wrong_file_and_a_long_question_are_refused_in_words_and_the_conversat
 
     attach(page, "notes.png", b"not a picture")
     page.locator("[aria-label='Remove file']").wait_for()
-    ask(page, "And this?")
-    page.get_by_text("notes.png：不是可用的图片 · not a usable picture").wait_for()
+    ask(page, "And this?", answered_by="notes.png：不是可用的图片 · not a usable picture")
     assert page.locator("textarea").input_value() == "And this?"  # the question is not lost
     page.locator("[aria-label='Remove file']").click()
     attach(page, "notes.txt", b"not a picture")  # by its name not even taken
     page.get_by_text("Invalid file type: notes.txt").wait_for()
 
-    ask(page, "~" * 300)
-    page.get_by_text("Too long: the conversation and its pictures have").wait_for()
-    said = page.get_by_text("Too long: the conversation and its pictures have").inner_text()
+    ask(page, "~" * 300, answered_by="Too long: the conversation and its pictures have")
+    said = page.get_by_text("Too long: the conversation and its pictures have").first.inner_text()
     tokens = len(generator.template.prompt([Turn("system", generator.system_prompt), *conversation.turns,
                                             Turn("user", "~" * 300)]))  # fmt: skip
     assert f"共 {tokens} 个词元，上限 256" in said

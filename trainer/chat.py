@@ -83,7 +83,10 @@ def chat_page(generator: Generator, name: str, decoding: Decoding, system_prompt
     """The page, to be launched. Each tab has its own conversation; one answer is found at a time."""
 
     def respond(message: dict[str, Any], shown: list[dict], conversation: Conversation) -> Iterator[tuple]:
-        """(text box, messages, conversation) as the answer grows; a question that cannot be asked stays in the box."""
+        """(text box, messages, conversation) as the answer grows; a question that cannot be asked stays in the box.
+
+        The box is emptied once: the next question may be typed while the answer grows.
+        """
         text, files = message["text"] or "", message["files"] or []
         try:
             asked = ask(conversation, text, files)
@@ -99,14 +102,14 @@ def chat_page(generator: Generator, name: str, decoding: Decoding, system_prompt
         else:
             shown = [*shown, *({"role": "user", "content": {"path": file}} for file in files)]
             shown.append({"role": "user", "content": text})
-            answer = ""
-            yield None, [*shown, {"role": "assistant", "content": "…"}], conversation
+            answer = "…"
+            yield None, [*shown, {"role": "assistant", "content": answer}], conversation
             for answer in generator.stream(prompt, decoding):
-                yield None, [*shown, {"role": "assistant", "content": answer}], conversation
+                yield gr.skip(), [*shown, {"role": "assistant", "content": answer}], conversation
             asked.turns.append(Turn("assistant", answer))
-            yield None, [*shown, {"role": "assistant", "content": answer}], asked
+            yield gr.skip(), gr.skip(), asked
             return
-        yield message, shown, conversation
+        yield gr.skip(), gr.skip(), conversation
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_height=True, delete_cache=(3600, KEEP_SECONDS)) as page:
         gr.Markdown(f"### {TITLE}\n模型 · Model: `{name}`")

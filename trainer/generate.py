@@ -18,7 +18,8 @@ from trainer.data.samples import Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.errors import ConfigError, DataError
-from trainer.load import image_transform, load_tokenizer, load_trained, trained_system_prompt
+from trainer.load import check_export, image_transform, load_tokenizer, load_trained, trained_system_prompt
+from trainer.lora import base_of
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 HALF_CHARACTER = "\ufffd"
@@ -85,6 +86,7 @@ class Generator:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | str = "auto"):
+        check_export(base_of(folder))
         transformers.utils.logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(ModelConfig(init_from=str(folder)))
