@@ -84,10 +84,10 @@ def test_chats_encoded_in_pieces_become_the_original_ids(tokenizer, golden):
         assert tokenizer.decode(ids) == chat["raw"]
 
 
-def test_a_message_of_parts_marks_its_images(tokenizer):
+def test_a_message_of_parts_marks_its_images_on_lines_of_their_own(tokenizer):
     parts = [{"type": "image"}, {"type": "text", "text": "Which is larger?"}, {"type": "image"}]
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-    assert prompt == "<|im_start|>user\n<|extra_0|>Which is larger?<|extra_0|><|im_end|>\n"
+    assert prompt == "<|im_start|>user\n<|extra_0|>\nWhich is larger?\n<|extra_0|><|im_end|>\n"
     assert tokenizer.encode(prompt).count(151646) == 2
 
 
