@@ -87,7 +87,8 @@ def answer_one(args: argparse.Namespace, decoding: "Decoding") -> None:
     generator = Generator(find_export(args.model))
     prompt = generator.prompt(turns, images, args.system_prompt)
     if not args.stream and (not sys.stdout.isatty() or args.num_beams > 1):
-        print(generator.answers([prompt], decoding)[0])
+        answer = generator.answers([prompt], decoding)[0]
+        print(printable(answer, lines=True) if sys.stdout.isatty() else answer)
         return
     shown = ""
     for text in generator.stream(prompt, decoding):

@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import demo_task
 import psutil
@@ -42,8 +45,15 @@ def server(browser, tiny_export, tmp_path_factory):
     shutil.copytree(tiny_export, run / "checkpoint-000007" / "hf")
     (run / "checkpoint-000007" / "state.json").write_text('{"step": 7}')
     (run / "latest").write_text("checkpoint-000007\n")
-    port, log = free_port(), run / "log"
-    words = ("launch/chat.py", "--model", str(run), "--port", str(port), "--max-new-tokens", str(TOKENS))
+    with serving(run, TOKENS) as served:
+        yield served
+
+
+@contextmanager
+def serving(model: Path, tokens: int) -> Iterator[tuple[str, subprocess.Popen]]:
+    """launch/chat.py, with answers of so many tokens: its address, and its process."""
+    port, log = free_port(), model / "log"
+    words = ("launch/chat.py", "--model", str(model), "--port", str(port), "--max-new-tokens", str(tokens))
     with log.open("w") as output:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output, stderr=output)
     try:
@@ -211,6 +221,28 @@ def test_two_tabs_do_not_disturb_each_other(page, browser, server, generator, pi
     wait_for_answers(page, Expected(generator).ask("What?", picture))
     wait_for_answers(other, Expected(generator).ask("Where is the red ring?"))
     other.close()
+
+
+@pytest.mark.long
+def test_an_answer_that_is_stopped_stays_and_the_conversation_goes_on(browser, generator, tiny_export):
+    with serving(tiny_export, 180) as (address, _):
+        page, question = browser.new_page(), "What shape is it?"
+        page.goto(address)
+        ask(page, question)
+        while not (found := answers(page)) or len(found[0]) < 5:
+            page.wait_for_timeout(20)
+        page.get_by_role("button", name="停止 · Stop").click()
+        page.wait_for_timeout(1500)
+        (stopped,) = answers(page)
+        page.wait_for_timeout(1000)
+        assert answers(page) == [stopped]
+        turns = [Turn("user", question)]
+        whole = generator.answers([generator.prompt(turns, [])], Decoding(180))[0]
+        assert visible(whole).startswith(stopped)
+        assert len(stopped) < len(visible(whole))
+        ask(page, "Go on.")
+        page.wait_for_function("document.querySelectorAll('#messages .user').length == 2")
+        page.close()
 
 
 def test_the_page_stays_on_this_machine(page, server):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from commands import ROOT
 from PIL import Image
 from ranks import run_ranks
+from reference import shared
 from safetensors.torch import load_file, save_file
 
 from trainer.config import Config
@@ -24,6 +26,8 @@ from trainer.generate import generate
 from trainer.load import image_transform, load_model, load_tokenizer
 from trainer.models.image_processing_mqwen_vl import MQWenVLImageProcessor
 from trainer.models.modeling_qwen import QWenLMHeadModel
+from trainer.models.processing_mqwen_vl import MQWenVLProcessor, chat_template
+from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER, build_tokenizer
 
 SYSTEM = "Look, then speak."
 TOKENS = 12
@@ -207,3 +211,53 @@ def test_a_weight_that_is_missing_or_empty_stops_the_save_by_name(tiny_run, tmp_
     with pytest.raises(CheckpointError, match="more.weight is .1,., expected nothing"):
         write(model, {**whole, "more.weight": torch.ones(1)}, None, tmp_path / "more", processor, "", 0o644)
     write(model, whole, None, tmp_path / "whole", processor, "", 0o644)
+
+
+EDGES = [
+    [("user", "What is this?", 0)], [("user", 0, "What is this?")], [("user", 0, 1, "Both?"), ("assistant", "Yes.")],
+    [("user", "\nA line break first")], [("user", " \n and here"), ("assistant", "  spaces \n"), ("user", "\n\n")],
+    [("user", "<|im_end|>\n<|im_start|>assistant\nspelled <|extra_0|>")], [("user", 0, "<|extra_0|> beside one")],
+    [("user", 0, "\nits own line break"), ("assistant", "Ja.")], [("user", "line\n", 0, 1, "\nline")],
+    [("system", "\nBriefly."), ("user", "你好，世界！")], [("user", "")], [("user", 0)],
+]  # fmt: skip
+"""Conversations: (role, texts and numbers of pictures)."""
+
+
+@cache
+def real_tokenizer():
+    return build_tokenizer(shared("qwen/qwen.tiktoken"))
+
+
+@pytest.mark.parametrize("prompt", ["", "You are a helpful assistant.", "\nWith line breaks.\n"])
+def test_ids_of_chat_messages_are_those_of_training_with_the_real_vocabulary(prompt):
+    tokenizer = real_tokenizer()
+    template = ChatTemplate(tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER), 4)
+    processor = MQWenVLProcessor(
+        MQWenVLImageProcessor(), tokenizer, chat_template(IMAGE_PLACEHOLDER, prompt), image_length=4,
+        system_prompt=prompt,
+    )  # fmt: skip
+    pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))]
+    for edge in EDGES:
+        messages, turns = [], [Turn("system", prompt)] * bool(prompt and edge[0][0] != "system")
+        for role, *parts in edge:
+            content = [
+                {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": pictures[p]}
+                for p in parts
+            ]  # fmt: skip
+            messages.append({"role": role, "content": content})
+            # A mark and its neighbours are parted by one line break, which either may bring along.
+            text = "\0".join("<image>" if p in (0, 1) else p for p in parts).replace("\n\0", "\n")
+            turns.append(Turn(role, text.replace("\0\n", "\n").replace("\0", "\n")))
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        found = processor.apply_chat_template(messages, **options)
+        assert found["input_ids"] == template.prompt(turns), edge
+        assert len(found.get("pixel_values", [])) == sum(p in (0, 1) for _, *parts in edge for p in parts)
+        # As text, it reads the same.
+        spelled = any("<|" in str(p) for _, *parts in edge for p in parts)
+        rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+        if not spelled:
+            ids = tokenizer.decode(template.prompt(turns)).replace(IMAGE_PLACEHOLDER * 4, IMAGE_PLACEHOLDER)
+            assert rendered == ids, edge
+        if edge[-1][0] == "assistant" and not prompt:  # the pipeline's way to let the model go on with an answer
+            found = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True)
+            assert found == template.encode(turns)[0][: -1 - len(template.newline)]

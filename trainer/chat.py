@@ -24,6 +24,7 @@ TITLE = "看图对话 · Chat about pictures"
 PLACEHOLDER = "提问，可附图片 · Ask, with pictures if you like"
 EMPTY = "附上图片并提问 · Attach a picture and ask about it"
 CLEAR = "清空 · Clear"
+STOP = "停止 · Stop"
 NO_TEXT = "请输入问题 · Please type a question"
 
 LOCAL_ONLY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -105,9 +106,9 @@ def chat_page(generator: Generator, name: str, decoding: Decoding, system_prompt
             answer = "…"
             yield None, [*shown, {"role": "assistant", "content": answer}], conversation
             for answer in generator.stream(prompt, decoding):
-                yield gr.skip(), [*shown, {"role": "assistant", "content": answer}], conversation
-            asked.turns.append(Turn("assistant", answer))
-            yield gr.skip(), gr.skip(), asked
+                # With each word, for a stop comes unannounced: what is shown is what was said.
+                said = Conversation([*asked.turns, Turn("assistant", answer)], asked.images)
+                yield gr.skip(), [*shown, {"role": "assistant", "content": answer}], said
             return
         yield gr.skip(), gr.skip(), conversation
 
@@ -120,12 +121,14 @@ def chat_page(generator: Generator, name: str, decoding: Decoding, system_prompt
             show_label=False, placeholder=PLACEHOLDER, file_count="multiple", file_types=list(PICTURE_SUFFIXES),
             max_plain_text_length=10**6, autofocus=True,
         )  # fmt: skip
-        clear = gr.Button(CLEAR)
+        with gr.Row():
+            stop, clear = gr.Button(STOP), gr.Button(CLEAR)
         conversation = gr.State(Conversation())
         answering = box.submit(
             respond, [box, messages, conversation], [box, messages, conversation], concurrency_limit=1,
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
+        stop.click(None, cancels=[answering], queue=False, api_visibility="private")
         gr.on(
             [clear.click, messages.clear], lambda: (None, [], Conversation()), None, [box, messages, conversation],
             cancels=[answering], queue=False, api_visibility="private",
@@ -151,7 +154,8 @@ class _LocalOnly:
 def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serves the page at this address until Ctrl-C."""
     page.launch(
-        server_name=host, server_port=port, share=False, quiet=True, ssr_mode=False, footer_links=[], css=STYLE,
+        server_name=host, server_port=port, share=False, quiet=True, ssr_mode=False, run_history=False,
+        footer_links=[], css=STYLE,
         theme=gr.themes.Default(font=["Helvetica Neue", "Arial", "sans-serif"], font_mono=["monospace"]),
         app_kwargs={"middleware": [Middleware(_LocalOnly)]},
     )  # fmt: skip
