@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from trainer import export, lora
+from trainer.card import OPEN, OPEN_ADAPTER
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.load import image_transform, load_model, load_tokenizer, load_trained
+from trainer.load import image_transform, load_model, load_tokenizer, load_trained, trained_system_prompt
 from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration, MultiModalProjector
 from trainer.models.modeling_qwen import QWenLMHeadModel
@@ -41,9 +42,10 @@ def checkpoints(tiny_run, tmp_path_factory) -> Path:
         (folder / name).mkdir()
         export.describe(model)
         base = folder / name / (lora.BASE if adapter else "hf")
-        export.write(model, own, frozen, base, tokenizer, image_transform(model), 0o644)
+        processor = export.make_processor(model, tokenizer, image_transform(model), "Look.")
+        export.write(model, own, frozen, base, processor, f"A card\n{OPEN_ADAPTER}", 0o644)
         if adapter:
-            lora.write_adapter(model, adapter, base, folder / name / "hf", tokenizer, 0o644)
+            lora.write_adapter(model, adapter, base, folder / name / "hf", tokenizer, f"A card\n{OPEN_ADAPTER}", 0o644)
     return folder
 
 
@@ -109,6 +111,9 @@ def test_merged_logits_are_those_of_the_adapter(checkpoints, inputs, tmp_path):
     assert {p.name for p in (tmp_path / "out").glob("*.py")} == {
         p.name for p in (checkpoints / "lora" / "base").glob("*.py")
     }
+    # The card says how it is opened now, and the system prompt has come along.
+    assert (tmp_path / "out" / "README.md").read_text() == f"A card\n{OPEN}"
+    assert trained_system_prompt(tmp_path / "out") == "Look."
 
 
 def test_another_type_is_another_type_of_the_same_weights(checkpoints, tmp_path):
