@@ -421,3 +421,16 @@ def test_a_glob_on_a_web_server_is_refused_before_it_is_asked(mistakes, tree):
     tree["data"]["train"] = [{"name": "a", "shards": "https://host.invalid/x-*.tar"}]
     (mistake,) = mistakes(tree)
     assert mistake.startswith("data.train[0].shards: 'https://host.invalid/x-*.tar': a web server has no list")
+
+
+def test_writing_it_says_what_differs_from_the_one_before(tiny_run, tmp_path):
+    file = tmp_path / "config.yaml"
+    assert Config.load(tiny_run).write(file) == []
+    assert Config.load(tiny_run).write(file) == []
+    # A key that an older version did not have is no change of the user's.
+    file.write_text(file.read_text().replace("  max_skipped_steps: 10\n", ""))
+    longer = Config.load(tiny_run, ["train.max_steps=20", "optim.schedule=linear", "freeze=[]"])
+    assert longer.write(file) == [
+        "freeze: ['vision_tower'] -> []", "optim.schedule: cosine -> linear", "train.max_steps: 10 -> 20",
+    ]  # fmt: skip
+    assert Config.load(file).train.max_steps == 20

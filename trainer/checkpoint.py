@@ -106,8 +106,11 @@ def find_resume(output_dir: Path, resume: str, overwrite: bool = False) -> Path 
         return None
     if resume != "auto":
         if not Path(resume).is_dir():
-            raise CheckpointError(f"{resume}: not a whole checkpoint: no such folder")
-        check_whole(Path(resume))
+            raise CheckpointError(f"{resume}: no such folder; name a checkpoint, or let --resume auto choose")
+        try:
+            check_whole(Path(resume))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; name another checkpoint, or let --resume auto choose") from error
         return Path(resume)
     candidates = existing(output_dir)[::-1]
     pointed_to = (output_dir / LATEST).read_text().strip() if (output_dir / LATEST).is_file() else ""

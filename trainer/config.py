@@ -226,3 +226,21 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def write(self, file: Path) -> list[str]:
+        """Writes the resolved configuration; what differs from the one that was there, as `key: before -> now`."""
+        before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        now = self.to_dict()
+        file.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return differences(before, now) if isinstance(before, dict) else []
+
+
+def differences(before: dict, now: dict, where: str = "") -> list[str]:
+    """Keys of two trees whose values differ; a key that only one of them has is none."""
+    found = []
+    for key in before.keys() & now.keys():
+        if isinstance(before[key], dict) and isinstance(now[key], dict):
+            found += differences(before[key], now[key], f"{where}{key}.")
+        elif before[key] != now[key]:
+            found.append(f"{where}{key}: {before[key]} -> {now[key]}")
+    return sorted(found)

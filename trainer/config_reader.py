@@ -97,6 +97,8 @@ def _convert(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
 
 
 def _describe(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return "keys (" + ", ".join(f.name for f in dataclasses.fields(hint)) + ")"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is list:

@@ -167,4 +167,5 @@ def describe_stream(sources: list[NamedSource], stream: Stream) -> str:
     """How much there is, in a line."""
     shards = all_shards(sources)
     rows = " + ".join(f"{source.order.epoch_size:,}" for source in stream.sources)
-    return f"{sum(map(len, shards)):,} samples in {len(shards):,} shards: {rows} rows an epoch"
+    plural = "s" * (len(shards) != 1)
+    return f"{sum(map(len, shards)):,} samples in {len(shards):,} shard{plural}: {rows} rows an epoch"

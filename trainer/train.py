@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import yaml
 
 from trainer.answers import Question, held_out_answers
 from trainer.data.loader import BatchLoader, fetch
@@ -39,8 +38,9 @@ def train(state: TrainState, until: int | None = None) -> None:
     config, world = state.config, state.world
     until = until or state.last_step
     if world.is_main:
-        resolved = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-        (state.output_dir / "config.yaml").write_text(resolved, encoding="utf-8")
+        changed = config.write(state.output_dir / "config.yaml")
+        if state.step and changed:
+            log.info("settings that differ from those of the last start:\n  %s", "\n  ".join(changed))
         (state.output_dir / "deepspeed.json").write_text(json.dumps(state.engine.config, indent=1, default=str) + "\n")
     order = micro_batches(state.stream, state.geometry, state.step, until, state.row_length)
     name, every = config.run.name, config.logging.every_steps
