@@ -22,8 +22,8 @@ def main() -> None:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
 
     from trainer.data.transform import decode
+    from trainer.folders import find_export
     from trainer.generate import Generator  # slow to import, so after the arguments are known to be good
-    from trainer.load import find_export
 
     try:
         image = args.image.read_bytes()

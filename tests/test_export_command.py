@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from trainer import export, lora
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.load import image_transform, load_model, load_tokenizer, load_trained
+from trainer.load import image_transform, load_model, load_trained
 from trainer.models.modeling_mqwen_vl import MultiModalProjector
 from trainer.models.modeling_qwen import QWenLMHeadModel
 from trainer.parts import weights_hash
 from trainer.publish import publish
+from trainer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def checkpoints(tiny_run, tmp_path_factory) -> Path:
         (folder / name).mkdir()
         export.describe(model)
         base = folder / name / (lora.BASE if adapter else "hf")
-        export.write(model, own, frozen, base, tokenizer, image_transform(model), 0o644)
+        export.write(model, own, frozen, base, tokenizer, image_transform(model.config), 0o644)
         if adapter:
             lora.write_adapter(model, adapter, base, folder / name / "hf", tokenizer, 0o644)
     return folder

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trainer.data.samples import IMAGE_MARK, Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.load import load_trained
+from trainer.load import image_transform, load_trained
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 
@@ -24,7 +24,7 @@ class Generator:
         self.model = load_trained(folder, dtype)
         self.model.to(self.device).eval()
         config = self.model.config
-        self.transform = ImageTransform(config.vision_config.image_size, config.image_aspect)
+        self.transform = image_transform(config)
         self.template = ChatTemplate(self.tokenizer, config.image_token_id, config.image_context_length)
 
     def answer(

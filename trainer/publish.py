@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer import export
 from trainer.errors import CheckpointError, ConfigError
-from trainer.load import EXPORT, check_export, check_unchanged, find_export, image_transform, load_trained
+from trainer.folders import EXPORT, check_export, find_export
+from trainer.load import check_unchanged, image_transform, load_trained
 from trainer.lora import BASE, base_of, set_base
 from trainer.parts import write_language_model, write_projector
 
@@ -84,5 +85,5 @@ def _write(found: Path, folder: Path, part: str | None, dtype: torch.dtype | Non
         write_projector(model, folder)
     else:
         export.describe(model)
-        weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-        export.write(model, weights, None, folder, tokenizer, image_transform(model), export.usual_file_mode())
+        weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters()}  # a tied one once
+        export.write(model, weights, None, folder, tokenizer, image_transform(model.config), export.usual_file_mode())

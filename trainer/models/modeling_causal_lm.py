@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, N images, P features an image, D hidden size.
 """
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ PACKED_SDPA = "mqwen_packed_sdpa"
 
 
 def packed_sdpa(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, max_length_q=None, **kwargs
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, max_length_q=None,
+    **kwargs,
 ):  # fmt: skip
     """Transformers' SDPA; of packed documents `packed_attention`."""
     if cu_seq_lens_q is None:
@@ -64,6 +65,14 @@ class CausalLMWithImages(GeneratesFromImages):
 
     otherConfig: as of `MQWenLMHeadModel`. Raises ValueError for a model whose head is not a plain linear layer.
     """
+
+    if TYPE_CHECKING:  # of the class that comes behind
+        config: Any
+        training: bool
+        get_decoder: Any
+        get_input_embeddings: Any
+        get_output_embeddings: Any
+        set_output_embeddings: Any
 
     def __init__(self, config: PretrainedConfig, otherConfig: Any = None):
         super().__init__(config)  # type: ignore[call-arg]
@@ -100,9 +109,8 @@ class CausalLMWithImages(GeneratesFromImages):
 
         Padding on either side changes nothing. Raises ValueError where images and placeholders do not match.
         """
-        packed = cu_seq_lens_q is not None
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not packed
+            use_cache = self.config.use_cache and not self.training and cu_seq_lens_q is None
         if input_ids is not None and inputs_embeds is None:
             if images is not None:
                 input_ids, attention_mask, labels = grow_placeholders(
@@ -111,7 +119,7 @@ class CausalLMWithImages(GeneratesFromImages):
             inputs_embeds, attention_mask = embed(
                 input_ids, images, self.get_input_embeddings(), self.image_placeholder, attention_mask, past_key_values
             )
-        if packed:
+        if cu_seq_lens_q is not None:
             if use_cache or past_key_values is not None or attention_mask is not None or position_ids is None:
                 raise ValueError("packed documents (cu_seq_lens_q) need position_ids, no cache and no attention_mask")
             if self.config._attn_implementation != PACKED_SDPA:
@@ -130,7 +138,7 @@ class CausalLMWithImages(GeneratesFromImages):
         if loss_only:
             output = self._loss_only(inputs, labels, num_items_in_batch)
         else:
-            output = super().forward(**inputs, logits_to_keep=logits_to_keep, return_dict=True)
+            output = super().forward(**inputs, logits_to_keep=logits_to_keep, return_dict=True)  # type: ignore[misc]
             if labels is not None:
                 if labels.shape[1] != output.logits.shape[1]:
                     raise ValueError(f"labels of {labels.shape[1]} positions for logits of {output.logits.shape[1]}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from .configuration_qwen import QWenConfig
 from .linear_cross_entropy import IGNORE_INDEX
@@ -163,7 +163,7 @@ class MQWenModel(QWenModel):
         )  # fmt: skip
 
 
-class GeneratesFromImages:
+class GeneratesFromImages(GenerationMixin):
     """Generation of a causal language model whose `forward` takes `images` for what `image_placeholder` says."""
 
     image_placeholder: ImagePlaceholder

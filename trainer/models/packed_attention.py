@@ -4,6 +4,7 @@ T tokens of all documents, H heads (of keys and values perhaps fewer, each for a
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def packed_attention(
     cu_seq_lens: (documents + 1,) int32, where each document starts and the last one ends; max_length: tokens of the
     longest. On CUDA in half precision one kernel takes all documents, elsewhere each gets a call of its own.
     """
-    grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
     if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (T, H, C)
         causal = (-1, 0)  # all tokens on the left, none on the right
