@@ -193,15 +193,15 @@ def run_preview(args: argparse.Namespace) -> None:
     from trainer.data.writer import write_whole
     from trainer.open_data import open_cache, open_reader, open_sources
 
-    template, data = view.template(), view.config.data
+    template, data, transform = view.template(), view.config.data, view.transform
     cache = open_cache(data)
     reader = open_reader(open_sources(data.train, cache), data, cache)
-    dataset = ShardDataset(reader, template, view.transform, data.max_length)
+    dataset = ShardDataset(reader, template, transform, data.max_length)
     sizes = [len(shard) for shard in reader.shards]
     shown = [preview(dataset, slot) for slot in pick(sizes, args.samples)]
     notes = [
         f"at most {data.max_length} tokens, {view.image_length} of them for each image",
-        f"pictures {view.transform.size} × {view.transform.size} ({view.transform.aspect}); below each is what it was before",
+        f"pictures {transform.size} × {transform.size} ({transform.aspect}); below each is what it was before",
         f"tokenizer of {args.config or args.tokenizer}",
     ]
     write_whole(args.out, page(shown, sum(sizes), len(sizes), notes))

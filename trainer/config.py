@@ -38,8 +38,8 @@ class ModelConfig:
     init_from: str | None = None
     """A Hugging Face export, checkpoint or run folder of an earlier stage; instead of the two below."""
     language_model: str | None = None
-    """Folder of a language model: Qwen (v1), or a causal one of Transformers with ChatML's control tokens (Qwen2, Qwen2.5,
-    Qwen3)."""
+    """Folder of a Qwen (v1), or of a causal language model of Transformers with ChatML's control tokens, such as Qwen2,
+    Qwen2.5 and Qwen3."""
     vision_tower: str | None = None
     """Folder of a CLIP or SigLIP model, whole or its vision part."""
     tokenizer: str | None = None

@@ -145,7 +145,7 @@ class Decoder:
 
 
 def decoder_of(model: MQWenForConditionalGeneration) -> Decoder:
-    """Raises ConfigError for layers that are neither Qwen's (v1) nor built like Llama's, as those of Qwen2 and Qwen3."""
+    """Raises ConfigError for layers that are neither Qwen's (v1) nor built as Llama's, as those of Qwen2 and Qwen3."""
     language_model: Any = model.language_model
     embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     if isinstance(language_model, MQWenLMHeadModel):

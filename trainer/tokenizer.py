@@ -42,8 +42,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if missing := {END_OF_TEXT, IM_START, IM_END} - tokenizer.get_vocab().keys():
         raise ConfigError(f"{folder}: the tokenizer lacks the control tokens {', '.join(sorted(missing))}")
     if placeholder_of(tokenizer) not in tokenizer.get_vocab():
-        added = {"additional_special_tokens": [IMAGE_PAD]}
-        tokenizer.add_special_tokens(added, replace_additional_special_tokens=False)
+        tokenizer.add_tokens([IMAGE_PAD], special_tokens=True)
     if placeholder_of(tokenizer) != IMAGE_PLACEHOLDER:
         # Qwen2's own writes a system prompt of its own before every conversation, and knows no pictures.
         tokenizer.chat_template = CHAT_TEMPLATE.replace(IMAGE_PLACEHOLDER, IMAGE_PAD)
