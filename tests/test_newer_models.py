@@ -35,24 +35,26 @@ print(tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "imag
 
 
 def both_stages(world, config_file: str, out: str, settings: list[str]) -> None:
-    """Trains either stage for two steps, and keeps the live model's logits and answers on one batch."""
+    """Trains either stage for two steps, goes on for a third, and keeps the live model's logits and answers."""
     from trainer.data.order import MicroBatch, Slot
     from trainer.setup import setup
     from trainer.train import train
 
     parts = ["model.language_model=null", "model.vision_tower=null", f"model.init_from={out}/stage1"]
-    stages = {
-        "stage1": ["freeze=[vision_tower, language_model]"],
-        "stage2": ["data.packing=true", "train.global_batch_size=4", *parts],
-    }
-    for stage, own in stages.items():
-        run = [f"run.output_dir={out}/{stage}", "train.max_steps=2", "checkpoint.keep_last=1"]
+    second = ["data.packing=true", "train.global_batch_size=4", *parts]
+    stages = [
+        ("stage1", 2, ["freeze=[vision_tower, language_model]"]),
+        ("stage2", 2, second),
+        ("stage2", 3, [*second, "deepspeed=ds_configs/zero2.json"]),  # goes on, converted if it was of another stage
+    ]
+    for stage, steps, own in stages:
+        run = [f"run.output_dir={out}/{stage}", f"train.max_steps={steps}", "checkpoint.keep_last=1"]
         state = setup(Config.load(config_file, [*settings, *run, *own], world.world_size), world)
         before = {name: p.detach().clone() for name, p in state.engine.module.named_parameters() if p.requires_grad}
         train(state)
         still = [n for n, p in state.engine.module.named_parameters() if n in before and torch.equal(p, before[n])]
         assert state.engine.zero_optimization_stage() == 3 or not still, still
-        if stage == "stage2":
+        if steps == 3:
             keep(state, state.eval_data.batch(MicroBatch([[Slot(0, i)] for i in range(4)], is_last=True)), world, out)
         state.engine.destroy()
 
@@ -77,18 +79,20 @@ def test_both_stages_train_and_their_export_answers_without_this_package(
 ):
     write_language_model(tmp_path / "lm", language_model)
     write_tower(tmp_path / "tower", tower)
+    unread = {"clip": ["post_layernorm"], "siglip": []}  # CLIP's is for its class token alone
     shards = f"{tiny_run.parent}/shards/tiny-0*.tar"
     settings = [
         f"model.language_model={tmp_path}/lm", f"model.vision_tower={tmp_path}/tower",
-        f"deepspeed=ds_configs/{zero}.json", f"freeze={'[]' if tower == 'siglip' else '[post_layernorm]'}", f"data.eval=[{{name: held out, shards: '{shards}'}}]",
+        f"deepspeed=ds_configs/{zero}.json", f"freeze={unread[tower]}",
+        f"data.eval=[{{name: held out, shards: '{shards}'}}]",
     ]  # fmt: skip
     run_ranks(both_stages, 2, str(tiny_run), str(tmp_path), settings)
     run = tmp_path / "stage2"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 2
+    assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(0 < line["grad_norm"] < 100 for line in lines)
     done = subprocess.run(
-        [sys.executable, "-c", READER, str(run / "checkpoint-000002" / "hf"), str(tmp_path)], cwd=tmp_path,
+        [sys.executable, "-c", READER, str(run / "checkpoint-000003" / "hf"), str(tmp_path)], cwd=tmp_path,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

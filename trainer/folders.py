@@ -135,13 +135,16 @@ def read_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype | str)
     found = stored_shapes(folder)
     if not is_tower:  # whose weights Transformers knows by several names
         _check_shapes(cls, config, found, folder)
-    options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    # What Transformers says of weights of other sizes is in a log; what it tells us has their names.
+    options = {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = cls.from_pretrained(folder, config=config, **options)
+        model, info = cls.from_pretrained(folder, config=config, dtype=dtype, **options)
     except pickle.UnpicklingError as error:
         raise refused_pickle(folder, error) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded as {cls.__name__}: {error}") from error
+    if sizes := sorted(info["mismatched_keys"]):
+        raise _other_shapes(folder, [f"{name} is {tuple(was)}, expected {tuple(size)}" for name, was, size in sizes])
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, among them {', '.join(missing[:3])}")
     # Of a whole CLIP only the tower is wanted; elsewhere a weight without a place is of another model than config.json.
@@ -161,10 +164,14 @@ def _check_shapes(cls: Any, config: PretrainedConfig, found: dict[str, tuple[int
         for name in expected.keys() & found.keys() if found[name] != expected[name]
     ]  # fmt: skip
     if wrong:
-        raise CheckpointError(
-            f"{folder}: {len(wrong)} weights have other shapes than its config.json says, among them "
-            f"{'; '.join(sorted(wrong)[:3])}: a file of another model is in it"
-        )
+        raise _other_shapes(folder, sorted(wrong))
+
+
+def _other_shapes(folder: Path, wrong: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: {len(wrong)} weights have other shapes than its config.json says, among them "
+        f"{'; '.join(wrong[:3])}: a file of another model is in it"
+    )
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -72,22 +72,25 @@ def load_model(
             read_model(language_config(language_model), language_model, dtype),
             seed=config.run.seed,
             image_token_id=image_token_id(tokenizer),
-            **_new_settings(settings),
+            **new_settings(settings),
         )
         if not isinstance(model.config.text_config, QWenConfig):
             check_computes(model.language_model, language_model, config.data.packing)
     check_fit(config, model.config, tokenizer)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)],
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = generation_config(tokenizer)
     if config.lora:
         add_adapter(model, config.lora, config.run.seed)
     return model
 
 
-def _new_settings(settings: ModelConfig) -> dict[str, Any]:
-    """How a model that is joined from two folders sees."""
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """An answer ends with its turn, or with the text."""
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)]
+    return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+
+
+def new_settings(settings: ModelConfig) -> dict[str, Any]:
+    """How a model that is joined from two folders sees, as fields of `MQWenVLConfig`."""
     layer, found = settings.vision_feature_layer, preprocessing(Path(settings.vision_tower or ""))
     aspect = settings.image_aspect or found["image_aspect"]
     return {**found, "vision_feature_layer": -1 if layer is None else layer, "image_aspect": aspect}
@@ -136,7 +139,7 @@ def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None)
     else:
         text = language_config(Path(settings.language_model or ""))
         vision = tower_config(Path(settings.vision_tower or ""))
-        sizes = MQWenVLConfig(text, vision, **token, **_new_settings(settings))
+        sizes = MQWenVLConfig(text, vision, **token, **new_settings(settings))
     with torch.device("meta"):
         model = MQWenForConditionalGeneration(sizes).to(torch.bfloat16 if config.train.bf16 else torch.float32)
     if settings.init_from:
@@ -182,7 +185,7 @@ def model_config(settings: ModelConfig) -> MQWenVLConfig:
     if settings.init_from:
         return MQWenVLConfig.from_pretrained(base_of(find_export(Path(settings.init_from))))
     vision = tower_config(Path(settings.vision_tower or ""))
-    return MQWenVLConfig(vision_config=vision, **_new_settings(settings))
+    return MQWenVLConfig(vision_config=vision, **new_settings(settings))
 
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
