@@ -36,8 +36,8 @@ def main() -> None:
         raise ConfigError("the chat page needs Gradio: pip install -r requirements-chat.txt") from error
 
     from trainer.chat import chat_page, name_and_step, serve
+    from trainer.folders import find_export
     from trainer.generate import Decoding, Generator
-    from trainer.load import find_export
 
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed)
     export = find_export(args.model)

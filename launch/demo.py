@@ -21,7 +21,7 @@ from demo_task import CAPTION_PROMPT, Scene, draw, random_scene, write_models, w
 from PIL import Image, ImageDraw
 
 from trainer.errors import run_main
-from trainer.load import find_export
+from trainer.folders import find_export
 from trainer.paths import ROOT
 
 OUT = Path("runs/demo")

@@ -78,8 +78,8 @@ def check(args: argparse.Namespace, many: bool) -> None:
 
 def answer_one(args: argparse.Namespace, decoding: "Decoding") -> None:
     from trainer.data.conversation import parse_question
+    from trainer.folders import find_export
     from trainer.generate import Generator
-    from trainer.load import find_export
     from trainer.question_files import read_image
 
     images = [read_image(file) for file in args.image]
@@ -130,8 +130,9 @@ def write_answers(
     """Answers the questions, as lines of --out, or else of the standard output."""
     from tqdm import tqdm
 
+    from trainer.folders import find_export
     from trainer.generate import Generator
-    from trainer.load import find_export, trained_system_prompt
+    from trainer.load import trained_system_prompt
     from trainer.question_files import AnswerFile, answer_all
 
     export = find_export(args.model)

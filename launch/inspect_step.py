@@ -27,12 +27,13 @@ def main() -> None:
     from trainer.data.order import global_batch
     from trainer.data.picture import decode
     from trainer.data.template import ChatTemplate
-    from trainer.load import IMAGE_PLACEHOLDER, load_tokenizer, model_config
+    from trainer.load import model_config
     from trainer.open_data import last_step, open_cache, open_lengths, open_reader, open_sources, open_stream
+    from trainer.tokenizer import image_token_id, load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    template = ChatTemplate(tokenizer, image_token_id, model_config(config.model).image_context_length)
+    placeholder = image_token_id(tokenizer)
+    template = ChatTemplate(tokenizer, placeholder, model_config(config.model).image_context_length)
     cache = open_cache(config.data)
     sources = open_sources(config.data.train, cache)
     reader = open_reader(sources, config.data, cache)
@@ -58,7 +59,7 @@ def main() -> None:
                 print(f"{head}left out: {where}: {printable(str(error))}")
                 continue
             cut, learnt = len(whole) - len(input_ids), sum(label >= 0 for label in labels[1:])
-            images = input_ids.count(image_token_id) // len(template.image_run)
+            images = input_ids.count(placeholder) // len(template.image_run)
             answer = " ".join([turn.text for turn in turns if turn.role == "assistant"][-1].split())
             print(f"{head}{len(input_ids):6}  {cut:5}  {learnt:6}  {images:6}  {where}: {printable(answer[:60])}")
     if args.step > (last := last_step(config, stream)):

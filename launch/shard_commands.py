@@ -79,8 +79,7 @@ class View:
     """Shards, and the settings that they are read with."""
 
     config: Config
-    image_size: int
-    image_aspect: str
+    transform: "ImageTransform"
     image_length: int
     """Tokens of an image."""
 
@@ -94,15 +93,10 @@ class View:
 
     def template(self) -> "ChatTemplate":
         from trainer.data.template import ChatTemplate
-        from trainer.load import IMAGE_PLACEHOLDER, load_tokenizer
+        from trainer.tokenizer import image_token_id, load_tokenizer
 
         tokenizer = load_tokenizer(self.config.model)
-        return ChatTemplate(tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER), self.image_length)
-
-    def transform(self) -> "ImageTransform":
-        from trainer.data.transform import ImageTransform
-
-        return ImageTransform(self.image_size, self.image_aspect)
+        return ChatTemplate(tokenizer, image_token_id(tokenizer), self.image_length)
 
 
 def open_view(args: argparse.Namespace, needs_tokenizer: bool) -> View:
@@ -125,14 +119,14 @@ def _configured(args: argparse.Namespace) -> View:
     if args.shards:
         config.data.train = [ShardsConfig("shards", args.shards)]
 
-    from trainer.load import model_config
+    from trainer.load import image_transform, model_config
 
     model = model_config(config.model)
-    return View(config, model.vision_config.image_size, model.image_aspect, model.image_context_length)
+    return View(config, image_transform(model), model.image_context_length)
 
 
 def _from_options(args: argparse.Namespace) -> View:
-    from trainer.data.transform import IMAGE_ASPECTS
+    from trainer.data.transform import IMAGE_ASPECTS, ImageTransform
 
     values = {
         option: default if getattr(args, option) is None else getattr(args, option)
@@ -149,7 +143,8 @@ def _from_options(args: argparse.Namespace) -> View:
         system_prompt=values["system_prompt"],
         caption_prompt=values["caption_prompt"],
     )
-    return View(Config(model=ModelConfig(tokenizer=values["tokenizer"]), data=data), size, aspect, (size // patch) ** 2)
+    config = Config(model=ModelConfig(tokenizer=values["tokenizer"]), data=data)
+    return View(config, ImageTransform(size, aspect), (size // patch) ** 2)
 
 
 # --- Commands ---
@@ -198,15 +193,15 @@ def run_preview(args: argparse.Namespace) -> None:
     from trainer.data.writer import write_whole
     from trainer.open_data import open_cache, open_reader, open_sources
 
-    template, data = view.template(), view.config.data
+    template, data, transform = view.template(), view.config.data, view.transform
     cache = open_cache(data)
     reader = open_reader(open_sources(data.train, cache), data, cache)
-    dataset = ShardDataset(reader, template, view.transform(), data.max_length)
+    dataset = ShardDataset(reader, template, transform, data.max_length)
     sizes = [len(shard) for shard in reader.shards]
     shown = [preview(dataset, slot) for slot in pick(sizes, args.samples)]
     notes = [
         f"at most {data.max_length} tokens, {view.image_length} of them for each image",
-        f"pictures {view.image_size} × {view.image_size} ({view.image_aspect}); below each is what it was before",
+        f"pictures {transform.size} × {transform.size} ({transform.aspect}); below each is what it was before",
         f"tokenizer of {args.config or args.tokenizer}",
     ]
     write_whole(args.out, page(shown, sum(sizes), len(sizes), notes))

@@ -12,11 +12,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from trainer.config import Config
 from trainer.data.writer import ShardWriter
-from trainer.load import load_model, load_tokenizer
+from trainer.load import load_model
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_qwen import QWenLMHeadModel
 from trainer.models.tokenization_qwen import build_tokenizer
+from trainer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "launch"))

@@ -8,7 +8,7 @@ from typing import Any
 import conftest
 import torch
 import yaml
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen3Config, SiglipVisionConfig
 
 from trainer.config import LoraConfig
 from trainer.flops import BatchShape
@@ -53,6 +53,18 @@ def add_lora(model: MQWenForConditionalGeneration, name: str) -> None:
     if name.startswith("LoRA"):
         targets, dropout = ("c_attn|w1|w2", 0.1) if "dropping out" in name else ("c_attn|c_proj|w1|w2", 0.0)
         add_adapter(model, LoraConfig(r=24, dropout=dropout, target_modules=targets), seed=0)
+
+
+def newer_model(dtype: torch.dtype = torch.float32, **settings: Any) -> MQWenForConditionalGeneration:
+    """As `small_model`, of other parts: Qwen3 (grouped queries, heads wider together than the model and normed, a tied
+    head) and SigLIP (no class token)."""
+    torch.manual_seed(0)
+    text = Qwen3Config(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
+        intermediate_size=688, vocab_size=2000, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    config = MQWenVLConfig(text, SiglipVisionConfig(**VISION), image_token_id=PICTURE, **settings)
+    return MQWenForConditionalGeneration(config).to(dtype).train()
 
 
 def recompute(model: MQWenForConditionalGeneration) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shapes import SIZES, add_lora, batch_of, full_model, recompute, small_model
+from shapes import SIZES, add_lora, batch_of, full_model, newer_model, recompute, small_model
 
 from trainer.activations import activation_bytes
 from trainer.flops import BatchShape
@@ -86,3 +86,14 @@ def test_a_layer_of_a_real_size_keeps_the_bytes_of_the_field_notes():
         freeze(model, ["vision_tower", *frozen])
         found = activation_bytes(model, BatchShape.padded(1, 1024, images=1, supervised=0)).saved / 1024
         assert found / 24 == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("frozen", [["vision_tower", "language_model"], ["vision_tower"], []], ids=str)
+def test_bytes_of_newer_parts_are_those_that_autograd_keeps(frozen, packed):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = newer_model(dtype)
+        freeze(model, frozen)
+        inputs, shape = batch_of(model, packed)
+        expected = activation_bytes(model, shape)
+        assert saved_bytes(model, inputs) == pytest.approx(expected.saved + expected.loss, rel=0.03), dtype

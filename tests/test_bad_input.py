@@ -49,7 +49,7 @@ def test_mistakes_in_the_configuration(launch, tiny_run, tmp_path):
         "  - optim.learning_rat: unknown key; did you mean 'learning_rate'?",
         f"  - model.language_model: no such folder: {tmp_path}/nowhere",
         f"  - model.vision_tower: {tiny_run.parent}/tiny-qwen is of architecture 'qwen', expected 'clip' or "
-        "'clip_vision_model'",
+        "'clip_vision_model' or 'siglip' or 'siglip_vision_model'",
         f"  - data.train[0].shards: '{tmp_path}/*.tar' matches no file",
         "  - train.global_batch_size=7 is not a multiple of micro_batch_size x world size (2 x 1); nearest valid "
         "values: 6, 8",

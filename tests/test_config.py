@@ -346,15 +346,28 @@ def test_batch_that_does_not_divide_names_the_nearest_that_do(load, mistakes, tr
         load(tree, f"train.global_batch_size={valid}", sizes[1], world_size=world_size)
 
 
-def test_model_folders_of_other_architectures(mistakes, tree, tmp_path):
-    (tmp_path / "llama").mkdir()
-    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+def test_model_folders_of_other_architectures(load, mistakes, tree, tmp_path):
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
     (tmp_path / "empty").mkdir()
     language_model, vision_tower = mistakes(
-        tree, f"model.language_model={tmp_path}/llama", f"model.vision_tower={tmp_path}/empty"
+        tree, f"model.language_model={tmp_path}/t5", f"model.vision_tower={tmp_path}/empty"
     )
-    assert language_model == f"model.language_model: {tmp_path}/llama is of architecture 'llama', expected 'qwen'"
+    assert language_model == (
+        f"model.language_model: {tmp_path}/t5 is of architecture 't5', expected 'qwen' or 'qwen2' or 'qwen3', or "
+        f"another causal language model of Transformers"
+    )
     assert vision_tower.startswith(f"model.vision_tower: {tmp_path}/empty has no readable config.json")
+    # Official ones that cannot train: Qwen-7B-Chat-Int4 says so in its config.json.
+    int4 = '{"model_type": "qwen", "quantization_config": {"bits": 4, "quant_method": "gptq"}}'
+    (tmp_path / "t5" / "config.json").write_text(int4)
+    (said,) = mistakes(tree, f"model.language_model={tmp_path}/t5")
+    assert said == (
+        f"model.language_model: {tmp_path}/t5 is quantized (gptq) and cannot train: name the model that it was made "
+        f"from"
+    )
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "llama"}')
+    load(tree, f"model.language_model={tmp_path}/t5")  # its weights and tokens are another matter
 
 
 def test_model_comes_from_one_place(mistakes, tree, tmp_path):

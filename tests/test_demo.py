@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from test_export import open_doors
 
 from trainer.data.samples import Turn
+from trainer.folders import find_export
 from trainer.generate import Generator
-from trainer.load import find_export
 
 pytestmark = pytest.mark.long
 WANTED = ("torch==", "transformers==", "pillow==")

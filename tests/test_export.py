@@ -23,11 +23,12 @@ from trainer.data.transform import ImageTransform
 from trainer.errors import CheckpointError
 from trainer.export import make_processor, picture_processor, write
 from trainer.generate import generate
-from trainer.load import image_transform, load_model, load_tokenizer
+from trainer.load import image_transform, load_model
 from trainer.models.image_processing_mqwen_vl import MQWenVLImageProcessor
 from trainer.models.modeling_qwen import QWenLMHeadModel
 from trainer.models.processing_mqwen_vl import MQWenVLProcessor, chat_template
 from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER, build_tokenizer
+from trainer.tokenizer import load_tokenizer
 
 SYSTEM = "Look, then speak."
 TOKENS = 12
@@ -196,7 +197,7 @@ def test_a_weight_that_is_missing_or_empty_stops_the_save_by_name(tiny_run, tmp_
     config = Config.load(tiny_run)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config, tokenizer)
-    transform = image_transform(model)
+    transform = image_transform(model.config)
     processor = make_processor(model, tokenizer, transform, "")
     whole = {name: weight.detach() for name, weight in model.named_parameters()}
     name = "language_model.transformer.h.1.mlp.w1.weight"

@@ -16,13 +16,14 @@ from trainer import export, lora
 from trainer.card import OPEN, OPEN_ADAPTER
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.load import image_transform, load_model, load_tokenizer, load_trained, trained_system_prompt
+from trainer.load import image_transform, load_model, load_trained, trained_system_prompt
 from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration, MultiModalProjector
 from trainer.models.modeling_qwen import QWenLMHeadModel
 from trainer.models.tokenization_qwen import build_tokenizer
 from trainer.parts import weights_hash, write_language_model
 from trainer.publish import publish
+from trainer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def checkpoints(tiny_run, tmp_path_factory) -> Path:
         (folder / name).mkdir()
         export.describe(model)
         base = folder / name / (lora.BASE if adapter else "hf")
-        processor = export.make_processor(model, tokenizer, image_transform(model), "Look.")
+        processor = export.make_processor(model, tokenizer, image_transform(model.config), "Look.")
         export.write(model, own, frozen, base, processor, f"A card\n{OPEN_ADAPTER}", 0o644)
         if adapter:
             lora.write_adapter(model, adapter, base, folder / name / "hf", tokenizer, f"A card\n{OPEN_ADAPTER}", 0o644)

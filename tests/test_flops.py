@@ -7,7 +7,7 @@ expected is the formula's total and once more its attention.
 
 import pytest
 import torch
-from shapes import SIZES, add_lora, batch_of, full_model, recompute, small_model
+from shapes import SIZES, add_lora, batch_of, full_model, newer_model, recompute, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,6 +50,16 @@ def test_flops_are_those_that_are_counted(name, checkpointing, packed):
     squares = 2 * SIZES["hidden_size"] * shape.squares * SIZES["num_hidden_layers"]
     again = squares if checkpointing else 0
     assert found == pytest.approx(expected.total + expected.attention + expected.recomputed + again, rel=0.01)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("frozen", [["vision_tower", "language_model"], []], ids=str)
+def test_flops_of_newer_parts_are_those_that_are_counted(frozen, packed):
+    model = newer_model()
+    freeze(model, frozen)
+    inputs, shape = batch_of(model, packed)
+    expected = step_flops(model, shape)
+    assert counted(model, inputs) == pytest.approx(expected.total + expected.attention, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["align", "instruct", "everything trains"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, Qwen2Config
 
 from trainer.errors import ConfigError
 from trainer.freeze import PARTS, freeze, part_of, table
@@ -134,3 +134,22 @@ def test_table_counts_parameters(model):
         ["language_model", "21,776", "4,176"],
         ["total", "24,252", "4,592"],
     ]
+
+
+def test_layers_of_newer_language_models_are_called_alike(model):
+    text = Qwen2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        newer = MQWenForConditionalGeneration(MQWenVLConfig(text, model.config.vision_config, image_token_id=49))
+    freeze(newer, ["language_model.layers.1-10", "embed_tokens"])
+    trained = {name for name, p in newer.named_parameters() if p.requires_grad and name.startswith("language_model.")}
+    layer = ("input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
+             "mlp.down_proj.weight", "self_attn.o_proj.weight",
+             *(f"self_attn.{x}_proj.{kind}" for x in "qkv" for kind in ("weight", "bias")))  # fmt: skip
+    ends = {f"language_model.model.layers.{i}.{name}" for i in (0, 11) for name in layer}
+    assert trained == ends | {"language_model.model.norm.weight"}
+    assert not newer.language_model.lm_head.weight.requires_grad  # it is the embedding's
+    with pytest.raises(ConfigError, match="there is no layer 12"):
+        freeze(newer, ["language_model.layers.11-12"])

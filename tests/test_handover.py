@@ -37,7 +37,8 @@ def second_stage(tiny_run, stage1, tmp_path):
     copy = Path(shutil.copytree(stage1, tmp_path / "stage1"))
 
     def start(*settings: str) -> str | None:
-        from trainer.load import check_handover, load_model, load_tokenizer
+        from trainer.load import check_handover, load_model
+        from trainer.tokenizer import load_tokenizer
 
         config = Config.load(
             tiny_run, [f"model.init_from={copy}", "model.language_model=null", "model.vision_tower=null", *settings]

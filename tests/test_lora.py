@@ -18,8 +18,9 @@ from trainer.checkpoint import existing
 from trainer.config import Config, LoraConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.freeze import describe_trained, freeze, part_of, table
-from trainer.load import check_handover, load_model, load_tokenizer, load_trained
+from trainer.load import check_handover, load_model, load_trained
 from trainer.manifest import check_whole, read
+from trainer.tokenizer import load_tokenizer
 
 SETTINGS = ["lora={r: 4, alpha: 8, dropout: 0.1, target_modules: c_attn|w1|w2}", "freeze=[vision_tower]"]
 STEPS = 4

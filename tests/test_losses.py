@@ -27,8 +27,9 @@ from trainer.data.reader import ShardReader
 from trainer.data.template import ChatTemplate
 from trainer.data.writer import ShardWriter
 from trainer.freeze import freeze
-from trainer.load import image_transform, load_model, load_tokenizer
+from trainer.load import image_transform, load_model
 from trainer.paths import expand_shards
+from trainer.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-5
 STANDING_STILL = ["optim.learning_rate=0", "optim.projector_learning_rate=0", "data.num_workers=0", "train.bf16=false",
@@ -134,7 +135,7 @@ class Plain:
         freeze(self.model, config.freeze)
         shards = [open_index(tar) for source in config.data.train for tar in expand_shards(source.shards)]
         template = ChatTemplate(tokenizer, self.model.config.image_token_id, self.model.config.image_context_length)
-        self.transform = image_transform(self.model)
+        self.transform = image_transform(self.model.config)
         reader = ShardReader([index.shard for index in shards], config.data.system_prompt, config.data.caption_prompt)
         self.data = ShardDataset(reader, template, self.transform, config.data.max_length)
         self.slots = {shard.key(i): Slot(n, i) for n, shard in enumerate(shards) for i in range(len(shard))}

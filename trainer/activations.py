@@ -14,7 +14,18 @@ from typing import Any
 
 from torch import nn
 
-from trainer.flops import BatchShape, Layer, adapter_of, clip_layer, layers_read, qwen_layer, trains
+from trainer.flops import (
+    BatchShape,
+    Layer,
+    adapter_of,
+    decoder_of,
+    layers_read,
+    norms_before,
+    tower_layer,
+    tower_positions,
+    trains,
+)
+from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.linear_cross_entropy import CHUNK_LOGITS
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
@@ -57,24 +68,27 @@ def activation_bytes(
     images = max(1.0, shape.images)  # without an image a blank one is computed
     tower, tower_layer = _tower(model, images, size, checkpointing)
     projector = _projector(model, images, size)
-    text, head = model.language_model.transformer, model.language_model.lm_head
+    text, config = decoder_of(model), model.config.text_config
+    head, embedding = text.head, text.embedding
     width, vocabulary = head.in_features, head.out_features
-    reached = trains(model.vision_tower, model.multi_modal_projector, text.wte) or checkpointing
+    reached = trains(model.vision_tower, model.multi_modal_projector, embedding) or checkpointing
 
-    saved = shape.tokens * (8 * trains(text.wte) + 1)  # the ids to look up, and where the images go
-    saved += 2 * FP32 * model.config.text_config.kv_channels * shape.width  # cosines and sines, the same in all layers
-    layers, heads = [], model.config.text_config.num_attention_heads
-    for layer in map(qwen_layer, text.h):
-        layers.append(shape.tokens * _qwen_layer(layer, heads, size, reached, shape.packed))
+    saved = shape.tokens * (8 * trains(embedding) + 1)  # the ids to look up, and where the images go
+    # Cosines and sines, the same in all layers: Qwen v1 keeps them in fp32.
+    heads, angle_size = config.num_attention_heads, FP32 if isinstance(config, QWenConfig) else size
+    saved += 2 * angle_size * (text.layers[0].channels // heads) * shape.width
+    layers = []
+    for layer in text.layers:
+        layers.append(shape.tokens * _decoder_layer(layer, heads, size, reached, shape.packed))
         reached = reached or layer.trains
     if checkpointing:  # the layers' inputs; and a frozen embedding's output, which is made to want a gradient
-        saved += shape.tokens * size * width * (len(layers) + (not trains(text.wte)))
+        saved += shape.tokens * size * width * (len(layers) + (not trains(embedding)))
     else:
         saved += sum(layers)
-    saved += shape.tokens * _rms_norm(text.ln_f, size, reached)
-    reached = reached or trains(text.ln_f)
+    saved += shape.tokens * _rms_norm(text.norm, size, reached)
+    reached = reached or trains(text.norm)
 
-    last = qwen_layer(text.h[-1])
+    last = text.layers[-1]
     head_values = vocabulary * width * trains(head)
     chunk = min(shape.supervised, max(1, CHUNK_LOGITS // vocabulary)) * vocabulary
     return Activations(
@@ -88,10 +102,10 @@ def activation_bytes(
     )
 
 
-def _rms_norm(norm: Any, size: int, reached: bool) -> float:
-    """Bytes a token: input and root in fp32; what the weight scales, if that trains."""
+def _rms_norm(norm: Any, size: int, reached: bool, heads: int = 1) -> float:
+    """Bytes a token: input and root in fp32; what the weight scales, if that trains. heads: vectors a token."""
     width = norm.weight.numel()
-    return FP32 * (width + 1) * reached + size * width * trains(norm)
+    return heads * (FP32 * (width + 1) * reached + size * width * trains(norm))
 
 
 def _layer_norm(norm: Any, size: int, reached: bool) -> float:
@@ -99,14 +113,18 @@ def _layer_norm(norm: Any, size: int, reached: bool) -> float:
     return (size * norm.weight.numel() + 2 * FP32) * (reached or trains(norm))
 
 
-def _qwen_layer(layer: Layer, heads: int, size: int, reached: bool, packed: bool) -> float:
+def _decoder_layer(layer: Layer, heads: int, size: int, reached: bool, packed: bool) -> float:
     """Bytes a token. reached: a gradient of the layer's input is wanted."""
-    _, attention, wide, narrow = layer.needs_grad(reached)
-    channels, mlp = layer.channels, layer.narrow.in_features
+    projections, attention, wide, narrow = layer.needs_grad(reached)
+    channels, keys, mlp = layer.channels, layer.key_channels, layer.narrow.in_features
     saved = _rms_norm(layer.norm_1, size, reached) + _rms_norm(layer.norm_2, size, attention or trains(layer.output))
     saved += _input(layer.projections, size, reached) + _input(layer.wide, size, wide)
-    # Rotated query and key, the fused projection (the value is a view of it), output, log-sums.
-    saved += (6 * size * channels + FP32 * heads) * attention
+    for norm, of_all in zip(layer.head_norms, (channels, keys), strict=False):
+        normed = projections or trains(*layer.projections)
+        saved += _rms_norm(norm, size, normed, of_all // norm.weight.numel())
+    # Rotated query and key, the value (of a fused projection a view, which keeps the whole), output, log-sums.
+    values = 3 * channels if len(layer.projections) == 1 else keys
+    saved += (size * (2 * channels + keys + values) + FP32 * heads) * attention
     # Packed, the documents' outputs are put together once more for the projection; else the attention keeps them.
     output = _input([layer.output], size, attention, kept_anyway=attention and not packed)
     return saved + output + 3 * size * mlp * narrow + _input([layer.narrow], size, narrow)
@@ -128,8 +146,9 @@ def _input(modules: list[Any], size: int, reached: bool, kept_anyway: bool = Fal
     return width * (whole and not kept_anyway) + own
 
 
-def _clip_layer(layer: Layer, heads: int, size: int, reached: bool) -> float:
-    """Bytes a position. reached: a gradient of the layer's input is wanted."""
+def _tower_layer(layer: Layer, heads: int, size: int, reached: bool, kept: int) -> float:
+    """Bytes a position. reached: a gradient of the layer's input is wanted. kept: factors of the activation function
+    that it keeps."""
     _, attention, wide, narrow = layer.needs_grad(reached)
     width, mlp = layer.output.out_features, layer.narrow.in_features
     saved = _layer_norm(layer.norm_1, size, reached)
@@ -137,7 +156,7 @@ def _clip_layer(layer: Layer, heads: int, size: int, reached: bool) -> float:
     saved += size * width * (trains(*layer.projections) + trains(*layer.wide))
     saved += (4 * size * width + FP32 * heads) * attention  # query, key, value, output, log-sums
     saved += size * width * trains(layer.output) * (not attention)
-    return saved + size * mlp * (2 * narrow + trains(layer.narrow))  # of quick GELU both factors
+    return saved + size * mlp * (kept * narrow + trains(layer.narrow))
 
 
 def _tower(model: MQWenForConditionalGeneration, images: float, size: int, checkpointing: bool) -> tuple[float, float]:
@@ -145,14 +164,18 @@ def _tower(model: MQWenForConditionalGeneration, images: float, size: int, check
     tower, config = model.vision_tower, model.config.vision_config
     if not trains(tower):
         return 0.0, 0.0
-    positions = images * (model.config.image_context_length + 1)
+    positions = images * tower_positions(model)
     saved = images * 3 * config.image_size**2 * size * trains(tower.embeddings.patch_embedding)
     reached = trains(tower.embeddings) or checkpointing
-    saved += positions * _layer_norm(tower.pre_layrnorm, size, reached)
-    reached, layers = reached or trains(tower.pre_layrnorm), []
-    for layer in map(clip_layer, tower.encoder.layers[: layers_read(model)]):
-        layers.append(positions * _clip_layer(layer, config.num_attention_heads, size, reached))
+    for norm in norms_before(tower):
+        saved += positions * _layer_norm(norm, size, reached)
+        reached = reached or trains(norm)
+    layers, kept = [], 2 if config.hidden_act == "quick_gelu" else 1  # quick GELU is a product of two
+    for layer in map(tower_layer, tower.encoder.layers[: layers_read(model)]):
+        layers.append(positions * _tower_layer(layer, config.num_attention_heads, size, reached, kept))
         reached = reached or layer.trains
+    if config.model_type == "siglip_vision_model" and model.config.vision_feature_layer == -1:
+        saved += positions * _layer_norm(tower.post_layernorm, size, reached)  # CLIP's is for its class token alone
     if checkpointing:
         return saved + positions * size * config.hidden_size * len(layers), max(layers, default=0.0)
     return saved + sum(layers), 0.0

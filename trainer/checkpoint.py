@@ -26,7 +26,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from trainer.convert import convert
 from trainer.dist import log
 from trainer.errors import CheckpointError
-from trainer.load import LATEST
+from trainer.folders import LATEST
 from trainer.manifest import check_whole
 
 FORMAT = 3

@@ -38,16 +38,17 @@ class ModelConfig:
     init_from: str | None = None
     """A Hugging Face export, checkpoint or run folder of an earlier stage; instead of the two below."""
     language_model: str | None = None
-    """Folder of a Qwen (v1) model."""
+    """Folder of a Qwen (v1), or of a causal language model of Transformers with ChatML's control tokens, such as Qwen2,
+    Qwen2.5 and Qwen3."""
     vision_tower: str | None = None
-    """Folder of a CLIP model."""
+    """Folder of a CLIP or SigLIP model, whole or its vision part."""
     tokenizer: str | None = None
     """Folder with qwen.tiktoken or tokenizer.json. Default: the language model's folder."""
     vision_feature_layer: int | None = None
     """Hidden state of the tower that the projector reads: -1 the last, -2 the one before. Default: the earlier stage's,
     or -1."""
     image_aspect: Literal["crop", "pad", "squash"] | None = None
-    """How pictures become square. Default: the earlier stage's, or crop."""
+    """How pictures become square. Default: the earlier stage's, or crop, for SigLIP squash."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -38,18 +38,32 @@ def _check_model(model: "ModelConfig") -> list[str]:
     return errors
 
 
-MODEL_TYPES = {"language_model": ("qwen",), "vision_tower": ("clip", "clip_vision_model")}
-"""`model_type` of the folders' config.json that each key takes."""
+MODEL_TYPES = {
+    "language_model": ("qwen", "qwen2", "qwen3"),
+    "vision_tower": ("clip", "clip_vision_model", "siglip", "siglip_vision_model"),
+}
+"""`model_type` of the folders' config.json that each key takes; a language model may be any causal one."""
 
 
 def _check_model_type(where: str, folder: Path, expected: tuple[str, ...]) -> list[str]:
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found, quantized = settings.get("model_type"), settings.get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
         return [f"{where}: {folder} has no readable config.json ({error})"]
-    if found in expected:
+    if quantized:
+        method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else quantized
+        return [f"{where}: {folder} is quantized ({method}) and cannot train: name the model that it was made from"]
+    if found in expected or ("language_model" in where and _is_causal(found)):
         return []
-    return [f"{where}: {folder} is of architecture '{found}', expected {' or '.join(map(repr, expected))}"]
+    other = ", or another causal language model of Transformers" if "language_model" in where else ""
+    return [f"{where}: {folder} is of architecture '{found}', expected {' or '.join(map(repr, expected))}{other}"]
+
+
+def _is_causal(model_type: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # slow to import
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _check_lora(config: "Config") -> list[str]:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.transform import ImageTransform
 from trainer.dist import log
 from trainer.errors import CheckpointError
-from trainer.load import stored_shapes
+from trainer.folders import stored_shapes
 from trainer.lora import is_adapter, stored_name
 from trainer.models.image_processing_mqwen_vl import MQWenVLImageProcessor
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
@@ -113,7 +114,11 @@ def picture_processor(transform: ImageTransform) -> MQWenVLImageProcessor:
     """The image processor that makes the pixels of a transform, within one level where it shrinks them a lot."""
     square = {"height": transform.size, "width": transform.size}
     made = MQWenVLImageProcessor(
-        transform.aspect, square, image_mean=list(transform.mean), image_std=list(transform.std)
+        transform.aspect,
+        square,
+        image_mean=list(transform.mean),
+        image_std=list(transform.std),
+        resample=Image.Resampling[transform.resample.upper()],
     )
     made.auto_map = {"AutoImageProcessor": "image_processing_mqwen_vl.MQWenVLImageProcessor"}
     return made

@@ -10,11 +10,13 @@ Causal attention counts the half of the square that is needed: 2·A·S² for a d
 wide together. What activation checkpointing computes a second time is kept apart: MFU leaves it out, HFU counts it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from trainer.errors import ConfigError
+from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 
@@ -92,7 +94,7 @@ def layers_read(model: MQWenForConditionalGeneration) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a pre-norm transformer layer multiplies with, whether Qwen's or CLIP's."""
+    """What a pre-norm transformer layer multiplies with, whether a language model's or a tower's."""
 
     norm_1: Any
     projections: list[nn.Linear]
@@ -103,31 +105,80 @@ class Layer:
     """Into the width of the MLP."""
     narrow: nn.Linear
     """Out of it."""
+    head_norms: list[Any] = field(default_factory=list)
+    """Of the heads' queries and keys; most models have none."""
 
     @property
     def trains(self) -> bool:
-        return trains(self.norm_1, *self.projections, self.output, self.norm_2, *self.wide, self.narrow)
+        attention = [*self.projections, *self.head_norms, self.output]
+        return trains(self.norm_1, *attention, self.norm_2, *self.wide, self.narrow)
 
     @property
     def channels(self) -> int:
-        """Of all heads together."""
+        """Of all heads together; keys and values of grouped queries have fewer."""
         return self.output.in_features
+
+    @property
+    def key_channels(self) -> int:
+        """Of the keys of all heads together, and of the values."""
+        fused = len(self.projections) == 1
+        return self.channels if fused else self.projections[1].out_features
 
     def needs_grad(self, reached: bool) -> tuple[bool, bool, bool, bool]:
         """Whether a gradient is wanted of what goes into the projections, into the attention (and out of it), into the
         wide layers and into the narrow one. reached: of what goes into the layer."""
         projections = reached or trains(self.norm_1)
-        attention = projections or trains(*self.projections)
+        attention = projections or trains(*self.projections, *self.head_norms)
         wide = attention or trains(self.output, self.norm_2)
         return projections, attention, wide, wide or trains(*self.wide)
 
 
-def qwen_layer(block: Any) -> Layer:
+@dataclass(frozen=True)
+class Decoder:
+    """What a language model computes with."""
+
+    embedding: Any
+    layers: list[Layer]
+    norm: Any
+    head: Any
+    """May be tied to the embedding."""
+
+
+def decoder_of(model: MQWenForConditionalGeneration) -> Decoder:
+    """Raises ConfigError for layers that are neither Qwen's (v1) nor built as Llama's, as those of Qwen2 and Qwen3."""
+    language_model: Any = model.language_model
+    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    if isinstance(language_model, MQWenLMHeadModel):
+        text = language_model.transformer
+        return Decoder(embedding, [_qwen_layer(block) for block in text.h], text.ln_f, head)
+    text = language_model.get_decoder()
+    try:
+        return Decoder(embedding, [_llama_layer(layer) for layer in text.layers], text.norm, head)
+    except AttributeError as error:
+        kind = model.config.text_config.model_type
+        raise ConfigError(
+            f"a '{kind}' can be trained, but not planned: its layers are unlike Qwen's ({error})"
+        ) from error
+
+
+def _qwen_layer(block: Any) -> Layer:
     attn, mlp = block.attn, block.mlp
     return Layer(block.ln_1, [attn.c_attn], attn.c_proj, block.ln_2, [mlp.w1, mlp.w2], mlp.c_proj)
 
 
-def clip_layer(layer: Any) -> Layer:
+def _llama_layer(layer: Any) -> Layer:
+    attn, mlp = layer.self_attn, layer.mlp
+    projections = [attn.q_proj, attn.k_proj, attn.v_proj]
+    wide, head_norms = (
+        [mlp.gate_proj, mlp.up_proj],
+        [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)],
+    )
+    return Layer(
+        layer.input_layernorm, projections, attn.o_proj, layer.post_attention_layernorm, wide, mlp.down_proj, head_norms
+    )
+
+
+def tower_layer(layer: Any) -> Layer:
     attn, mlp = layer.self_attn, layer.mlp
     projections = [attn.q_proj, attn.k_proj, attn.v_proj]
     return Layer(layer.layer_norm1, projections, attn.out_proj, layer.layer_norm2, [mlp.fc1], mlp.fc2)
@@ -146,28 +197,39 @@ def step_flops(model: MQWenForConditionalGeneration, shape: BatchShape, checkpoi
     projected = _linear(projector.linear_1, patches, reached)
     projected += _linear(projector.linear_2, patches, reached or trains(projector.linear_1))
 
-    text = model.language_model.transformer
-    reached = reached or trains(projector, text.wte) or checkpointing
+    text = decoder_of(model)
+    reached = reached or trains(projector, text.embedding) or checkpointing
     linear = attention = 0.0
-    for layer in map(qwen_layer, text.h):
+    for layer in text.layers:
         square = 2 * layer.channels * shape.squares
         of_linear, of_attention, again = _layer(layer, shape.tokens, square, reached)
         linear, attention, recomputed = linear + of_linear, attention + of_attention, recomputed + again
         reached = reached or layer.trains
-    head = _linear(model.language_model.lm_head, shape.supervised, reached or trains(text.ln_f))
+    head = _linear(text.head, shape.supervised, reached or trains(text.norm))
     return Flops(tower, projected, linear, attention, head, recomputed * checkpointing)
+
+
+def tower_positions(model: MQWenForConditionalGeneration) -> int:
+    """What the tower attends to: patches, and CLIP's class token."""
+    return model.vision_tower.embeddings.position_embedding.num_embeddings
+
+
+def norms_before(tower: Any) -> list[Any]:
+    """CLIP's norm between embedding and layers; SigLIP has none."""
+    return [tower.pre_layrnorm] if hasattr(tower, "pre_layrnorm") else []
 
 
 def _tower(model: MQWenForConditionalGeneration, images: float, checkpointing: bool) -> tuple[float, float]:
     """Operations of the tower, and those of a recomputation."""
     config, tower = model.config.vision_config, model.vision_tower
     patches = model.config.image_context_length
-    positions = images * (patches + 1)  # the class token is one more
+    places = tower_positions(model)
+    positions = images * places
     convolution = 2 * images * patches * 3 * config.patch_size**2 * config.hidden_size
     total, recomputed = convolution * (1 + trains(tower.embeddings.patch_embedding)), 0.0
-    reached = trains(tower.embeddings, tower.pre_layrnorm) or (checkpointing and trains(tower))
-    for number, layer in enumerate(map(clip_layer, tower.encoder.layers)):
-        square = 4 * layer.channels * (patches + 1) * positions  # every patch sees every other
+    reached = trains(tower.embeddings, *norms_before(tower)) or (checkpointing and trains(tower))
+    for number, layer in enumerate(map(tower_layer, tower.encoder.layers)):
+        square = 4 * layer.channels * places * positions  # every patch sees every other
         if number >= layers_read(model):  # what lies behind the feature layer gets no gradient
             total += square + _forward([*layer.projections, layer.output, *layer.wide, layer.narrow], positions)
             continue

@@ -14,8 +14,11 @@ PARTS = {"vision_tower": "vision_tower.", "projector": "multi_modal_projector.",
 LORA = "lora"
 """The part of adapters inside the language model, which no pattern of `freeze` names."""
 
-LAYERS = {"vision_tower": "vision_tower.encoder.layers.", "language_model": "language_model.transformer.h."}
-"""Parts with numbered layers -> prefix of a layer's number."""
+LAYERS = {
+    "vision_tower": r"^vision_tower\.encoder\.layers\.",
+    "language_model": r"^language_model\.(?:transformer\.h|model\.layers)\.",
+}
+"""Parts with numbered layers -> what comes before a layer's number; newer language models have the second name."""
 
 
 def part_of(name: str) -> str:
@@ -60,7 +63,7 @@ def _expressions(pattern: str) -> dict[str, re.Pattern[str]]:
         return {"": re.compile(f"^{re.escape(PARTS[pattern])}")}
     if (match := re.fullmatch(r"(\w+)\.layers\.(\d+)-(\d+)", pattern)) and match[1] in LAYERS:
         layers = range(int(match[2]), int(match[3]) + 1)
-        found = {f": there is no layer {i}": re.compile(f"^{re.escape(LAYERS[match[1]])}{i}[.]") for i in layers}
+        found = {f": there is no layer {i}": re.compile(f"{LAYERS[match[1]]}{i}[.]") for i in layers}
         return found or {": the range is empty": re.compile(r"(?!)")}
     return {"": re.compile(pattern)}
 

@@ -18,9 +18,11 @@ from trainer.data.samples import Turn
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.errors import ConfigError, DataError
-from trainer.load import check_export, image_transform, load_tokenizer, load_trained, trained_system_prompt
+from trainer.folders import check_export
+from trainer.load import image_transform, load_trained, trained_system_prompt
 from trainer.lora import base_of
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+from trainer.tokenizer import load_tokenizer
 
 HALF_CHARACTER = "\ufffd"
 """How a text ends whose last token is a part of a character."""
@@ -93,7 +95,7 @@ class Generator:
         self.model = load_trained(folder, dtype)
         self.model.to(self.device).eval()
         config = self.model.config
-        self.transform = image_transform(self.model)
+        self.transform = image_transform(config)
         self.template = ChatTemplate(self.tokenizer, config.image_token_id, config.image_context_length)
         self.context_length = context_length(config.text_config)
         self.system_prompt = trained_system_prompt(folder)

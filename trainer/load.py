@@ -1,62 +1,32 @@
 """Model and tokenizer that a configuration names, from folders on disk."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import Config, DataConfig, ModelConfig
 from trainer.data.transform import ImageTransform
 from trainer.dist import log
 from trainer.errors import CheckpointError, ConfigError
-from trainer.lora import ADAPTER_CONFIG, BASE, add_adapter, base_of, merge
+from trainer.folders import (
+    EXPORT,
+    check_export,
+    find_export,
+    language_config,
+    preprocessing,
+    read_json,
+    read_model,
+    tower_config,
+)
+from trainer.lora import BASE, add_adapter, base_of, merge
 from trainer.manifest import MANIFEST, check_whole
 from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.configuration_qwen import QWenConfig
-from trainer.models.modeling_mqwen import MQWenLMHeadModel
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
-from trainer.models.tokenization_qwen import (
-    END_OF_TEXT,
-    IM_END,
-    IMAGE_PLACEHOLDER,
-    VOCABULARY_FILE,
-    build_tokenizer,
-)
-
-LATEST = "latest"
-"""File in a run folder that names its newest whole checkpoint."""
-
-EXPORT = "hf"
-"""Folder in a checkpoint that opens in Transformers; in a LoRA run's in PEFT, beside the base/ that it stands on."""
-
-
-def find_export(folder: Path) -> Path:
-    """The Hugging Face folder that a path means: itself, that of a checkpoint, or of a run's latest checkpoint.
-
-    Raises CheckpointError if it is none of these.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    candidates = [folder, folder / EXPORT]
-    if (folder / LATEST).is_file():
-        candidates.append(folder / (folder / LATEST).read_text().strip() / EXPORT)
-    for candidate in candidates:
-        if (candidate / "config.json").is_file() or (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
-    raise CheckpointError(
-        f"{folder}: neither a model folder (config.json), a LoRA adapter ({ADAPTER_CONFIG}), a checkpoint (hf/) nor a "
-        f"run ({LATEST})"
-    )
+from trainer.models.tokenization_qwen import END_OF_TEXT, IM_END
+from trainer.tokenizer import IMAGE_PAD, image_token_id, load_tokenizer, placeholder_of
 
 
 def load_trained(folder: Path, dtype: torch.dtype | str = "auto") -> MQWenForConditionalGeneration:
@@ -65,31 +35,15 @@ def load_trained(folder: Path, dtype: torch.dtype | str = "auto") -> MQWenForCon
     dtype: "auto" for the one it is stored in. Raises CheckpointError where there is none, or weights are missing.
     """
     export = find_export(folder)
-    model = _load(MQWenForConditionalGeneration, base_of(export), dtype)
+    model = _read_export(base_of(export), dtype)
     return merge(model, export) if base_of(export) != export else model
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.tokenizer`, or else of the model that training starts from; no remote code.
-
-    Raises ConfigError if the folder has none, or one without the control tokens.
-    """
-    folder = Path(model.tokenizer or model.language_model or find_export(Path(model.init_from or "")))
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder, where a tokenizer was expected")
-    if (folder / VOCABULARY_FILE).is_file():
-        try:
-            tokenizer = build_tokenizer(folder / VOCABULARY_FILE)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    elif (folder / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    else:
-        raise ConfigError(f"{folder}: no {VOCABULARY_FILE} and no tokenizer.json; name their folder in model.tokenizer")
-    missing = {END_OF_TEXT, IM_END, IMAGE_PLACEHOLDER} - tokenizer.get_vocab().keys()
-    if missing:
-        raise ConfigError(f"{folder}: the tokenizer lacks the control tokens {', '.join(sorted(missing))}")
-    return tokenizer
+def _read_export(folder: Path, dtype: torch.dtype | str) -> MQWenForConditionalGeneration:
+    check_export(folder)
+    model = read_model(MQWenVLConfig.from_pretrained(folder), folder, dtype)
+    assert isinstance(model, MQWenForConditionalGeneration)
+    return model
 
 
 def load_model(
@@ -104,43 +58,72 @@ def load_model(
     missing or of other shapes.
     """
     settings, dtype = config.model, torch.bfloat16 if config.train.bf16 else torch.float32
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     if settings.init_from or resumed_from:
         start = resumed_from or Path(settings.init_from or "")
-        if resumed_from:  # its adapter is in the checkpoint's own state
-            model = _load(MQWenForConditionalGeneration, base_of(find_export(start)), dtype)
-        else:
-            model = load_trained(start, dtype)
-        _check_same_stage_settings(settings, model, image_token_id, start)
+        # A resumed run's adapter is in the checkpoint's own state.
+        model = _read_export(base_of(find_export(start)), dtype) if resumed_from else load_trained(start, dtype)
+        _check_same_stage_settings(settings, model, image_token_id(tokenizer), start)
         if resumed_from:
             _check_same_model(settings, model, resumed_from)
     else:
+        tower, language_model = Path(settings.vision_tower or ""), Path(settings.language_model or "")
         model = MQWenForConditionalGeneration.from_parts(
-            _load(CLIPVisionModel, Path(settings.vision_tower or ""), dtype),
-            # The folder's own bf16 and fp16 would cast the transformer to another type than asked for.
-            _load(MQWenLMHeadModel, Path(settings.language_model or ""), dtype, bf16=False, fp16=False),
+            read_model(tower_config(tower), tower, dtype),
+            read_model(language_config(language_model), language_model, dtype),
             seed=config.run.seed,
-            image_token_id=image_token_id,
-            **_new_settings(settings),
+            image_token_id=image_token_id(tokenizer),
+            **new_settings(settings),
         )
+        if not isinstance(model.config.text_config, QWenConfig):
+            check_computes(model.language_model, language_model, config.data.packing)
     check_fit(config, model.config, tokenizer)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)],
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = generation_config(tokenizer)
     if config.lora:
         add_adapter(model, config.lora, config.run.seed)
     return model
 
 
-def _new_settings(settings: ModelConfig) -> dict[str, Any]:
-    """How a model that is joined from two folders sees."""
-    layer = settings.vision_feature_layer
-    return {
-        "vision_feature_layer": -1 if layer is None else layer,
-        "image_aspect": settings.image_aspect or "crop",
-        "base_models": {key: Path(getattr(settings, key)).name for key in ("language_model", "vision_tower")},
-    }
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """An answer ends with its turn, or with the text."""
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)]
+    return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+
+
+def new_settings(settings: ModelConfig) -> dict[str, Any]:
+    """How a model that is joined from two folders sees, as fields of `MQWenVLConfig`."""
+    layer, found = settings.vision_feature_layer, preprocessing(Path(settings.vision_tower or ""))
+    aspect = settings.image_aspect or found["image_aspect"]
+    names = {key: Path(getattr(settings, key) or "").name for key in ("language_model", "vision_tower")}
+    layer = -1 if layer is None else layer
+    return {**found, "vision_feature_layer": layer, "image_aspect": aspect, "base_models": names}
+
+
+@torch.no_grad()
+def check_computes(language_model: Any, folder: Path, packing: bool) -> None:
+    """Raises ConfigError where what a language model of Transformers computes is not what training takes it for: logits
+    that its head makes of the last hidden state and, for packs, documents that do not see each other."""
+    ids, kind = torch.arange(5)[None], language_model.config.model_type
+    alone = language_model(ids[:, 2:], use_cache=False).logits.float()
+    embeds = language_model.get_input_embeddings()(ids[:, 2:])
+    hidden_states = language_model.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    if not torch.allclose(alone, language_model.get_output_embeddings()(hidden_states).float(), rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"model.language_model: {folder}: the logits of a '{kind}' are not its head times its last hidden state, "
+            f"from which the loss is computed here; choose a model without scaled or capped logits, as Qwen's are"
+        )
+    if not packing:
+        return
+    bounds, positions = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([[0, 1, 0, 1, 2]])
+    try:
+        packed = language_model(ids, position_ids=positions, cu_seq_lens_q=bounds, max_length_q=3).logits[:, 2:].float()
+        apart = (packed - alone).abs().max() <= 0.05 * alone.abs().max()  # in bf16 the last bits differ
+    except (RuntimeError, ValueError, TypeError):
+        apart = False
+    if not apart:
+        raise ConfigError(
+            f"model.language_model: {folder}: packed documents would see each other in a '{kind}', whose attention is "
+            f"not Transformers' common one: set data.packing=false"
+        )
 
 
 def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> MQWenForConditionalGeneration:
@@ -150,15 +133,15 @@ def meta_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None)
     """
     settings, token = config.model, {}
     if tokenizer is not None:
-        token = {"image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}
+        token = {"image_token_id": image_token_id(tokenizer)}
     if settings.init_from:
         folder = base_of(find_export(Path(settings.init_from)))
         check_export(folder)
         sizes = MQWenVLConfig.from_pretrained(folder)
     else:
-        text = QWenConfig.from_pretrained(Path(settings.language_model or ""), bf16=False, fp16=False)
-        vision = CLIPVisionConfig.from_pretrained(Path(settings.vision_tower or ""))
-        sizes = MQWenVLConfig(text, vision, **token, **_new_settings(settings))
+        text = language_config(Path(settings.language_model or ""))
+        vision = tower_config(Path(settings.vision_tower or ""))
+        sizes = MQWenVLConfig(text, vision, **token, **new_settings(settings))
     with torch.device("meta"):
         model = MQWenForConditionalGeneration(sizes).to(torch.bfloat16 if config.train.bf16 else torch.float32)
     if settings.init_from:
@@ -177,12 +160,19 @@ def check_fit(config: Config, sizes: MQWenVLConfig, tokenizer: PreTrainedTokeniz
     if not -layers - 1 <= sizes.vision_feature_layer <= layers:
         errors.append(f"model.vision_feature_layer={sizes.vision_feature_layer}: the tower has {layers} layers")
     if tokenizer is not None and text.vocab_size < len(tokenizer):
-        errors.append(
-            f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {len(tokenizer)}: "
-            f"name the folder of its own tokenizer in model.tokenizer"
-        )
-    if max_length > text.seq_length:
-        errors.append(f"data.max_length={max_length} is beyond the model's seq_length={text.seq_length}")
+        if placeholder_of(tokenizer) == IMAGE_PAD and image_token_id(tokenizer) == text.vocab_size:
+            errors.append(
+                f"the tokenizer has no placeholder for pictures, and the language model's vocabulary of "
+                f"{text.vocab_size} no free row for {IMAGE_PAD}: use a model with one, as Qwen2 or Qwen2.5"
+            )
+        else:
+            errors.append(
+                f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's "
+                f"{len(tokenizer)}: name the folder of its own tokenizer in model.tokenizer"
+            )
+    context = "seq_length" if isinstance(text, QWenConfig) else "max_position_embeddings"
+    if max_length > getattr(text, context):
+        errors.append(f"data.max_length={max_length} is beyond the model's {context}={getattr(text, context)}")
     if max_length <= sizes.image_context_length:
         errors.append(
             f"data.max_length={max_length} has no room for text beside an image of {sizes.image_context_length} "
@@ -196,38 +186,8 @@ def model_config(settings: ModelConfig) -> MQWenVLConfig:
     """How the model of these settings sees, from its config.json alone; of a new one the language model is left out."""
     if settings.init_from:
         return MQWenVLConfig.from_pretrained(base_of(find_export(Path(settings.init_from))))
-    vision = CLIPVisionConfig.from_pretrained(Path(settings.vision_tower or ""))
-    return MQWenVLConfig(vision_config=vision, image_aspect=settings.image_aspect or "crop")
-
-
-def check_export(folder: Path) -> None:
-    """Raises CheckpointError if a folder does not hold an exported model."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: its config.json cannot be read ({error})") from error
-    if found != MQWenVLConfig.model_type:
-        raise CheckpointError(f"{folder}: of architecture '{found}', expected an export ('{MQWenVLConfig.model_type}')")
-
-
-def _load(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype | str, **settings: bool) -> PreTrainedModel:
-    if cls is MQWenForConditionalGeneration:
-        check_export(folder)
-    if cls is not CLIPVisionModel:  # Transformers knows its weights by several names
-        _check_shapes(cls, folder)
-    options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, **settings}
-    try:
-        model, info = cls.from_pretrained(folder, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded as {cls.__name__}: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{folder}: {len(missing)} weights are missing, among them {', '.join(missing[:3])}")
-    # Of a whole CLIP only the tower is wanted; elsewhere a weight without a place is of another model than config.json.
-    if cls is not CLIPVisionModel and (surplus := sorted(info["unexpected_keys"])):
-        raise CheckpointError(
-            f"{folder}: {len(surplus)} weights have no place in it, among them {', '.join(surplus[:3])}"
-        )
-    return model
+    vision = tower_config(Path(settings.vision_tower or ""))
+    return MQWenVLConfig(vision_config=vision, **new_settings(settings))
 
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -236,11 +196,13 @@ SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 
 def _check_same_model(settings: ModelConfig, model: MQWenForConditionalGeneration, resumed_from: Path) -> None:
     """Raises CheckpointError where a checkpoint's model is of another size than the folders that the run names."""
-    parts = {"language_model": model.config.text_config, "vision_tower": model.config.vision_config}
+    parts: dict[str, PretrainedConfig] = {
+        "language_model": model.config.text_config, "vision_tower": model.config.vision_config
+    }  # fmt: skip
     differing = []
     for key, config in parts.items():
         if folder := getattr(settings, key):
-            named = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+            named = read_json(Path(folder) / "config.json")
             named = named.get("vision_config", named) if key == "vision_tower" else named
             differing += [
                 f"{name} of model.{key} is {named[name]}, of the checkpoint {getattr(config, name)}"
@@ -251,43 +213,6 @@ def _check_same_model(settings: ModelConfig, model: MQWenForConditionalGeneratio
             f"{resumed_from}: of another model than this run's: {'; '.join(differing)}. Name its folders, or choose "
             f"another run.output_dir"
         )
-
-
-def _check_shapes(cls: type[PreTrainedModel], folder: Path) -> None:
-    """Raises CheckpointError, naming weights and shapes, where a folder's are not those of its config.json."""
-    found = stored_shapes(folder)
-    config = cls.config_class.from_pretrained(folder)
-    with torch.device("meta"):
-        expected = {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
-    wrong = [
-        f"{name} is {found[name]}, expected {expected[name]}"
-        for name in expected.keys() & found.keys() if found[name] != expected[name]
-    ]  # fmt: skip
-    if wrong:
-        raise CheckpointError(
-            f"{folder}: {len(wrong)} weights have other shapes than its config.json says, among them "
-            f"{'; '.join(sorted(wrong)[:3])}: a file of another model is in it"
-        )
-
-
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each weight in a folder's safetensors, from the files' heads alone; empty if it has none.
-
-    Raises CheckpointError, naming the file, where one is missing or damaged.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: cannot be read ({error!r})") from error
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in [folder / name for name in names] or [single] * single.is_file():
-        try:
-            with safe_open(file, "pt") as content:
-                shapes |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error}); copy the folder again") from error
-    return shapes
 
 
 def check_unchanged(export: Path) -> None:
@@ -335,10 +260,11 @@ def _check_same_stage_settings(
 def trained_system_prompt(export: Path) -> str:
     """The system prompt that an export was trained with, if it says so, or else the default of data.system_prompt."""
     file = base_of(export) / "processor_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found.get("system_prompt", DataConfig().system_prompt)
+    return (read_json(file) if file.is_file() else {}).get("system_prompt", DataConfig().system_prompt)
 
 
-def image_transform(model: MQWenForConditionalGeneration) -> ImageTransform:
-    """How this model's pictures become pixels."""
-    return ImageTransform(model.config.vision_config.image_size, model.config.image_aspect)
+def image_transform(config: MQWenVLConfig) -> ImageTransform:
+    """How the pictures of a model with this configuration become pixels."""
+    mean, std = config.image_mean or ImageTransform.mean, config.image_std or ImageTransform.std
+    size, aspect = config.vision_config.image_size, config.image_aspect
+    return ImageTransform(size, aspect, tuple(mean), tuple(std), config.image_resample)

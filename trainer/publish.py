@@ -8,25 +8,20 @@ The folder has its name only when it is whole.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer import export
 from trainer.card import OPEN, OPEN_ADAPTER
 from trainer.errors import CheckpointError, ConfigError
-from trainer.load import (
-    EXPORT,
-    check_export,
-    check_unchanged,
-    find_export,
-    image_transform,
-    load_trained,
-    trained_system_prompt,
-)
+from trainer.folders import EXPORT, check_export, find_export
+from trainer.load import check_unchanged, image_transform, load_trained, trained_system_prompt
 from trainer.lora import BASE, base_of, set_base
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.parts import write_language_model, write_projector
 
 PARTS = ("language_model", "projector")
@@ -51,13 +46,10 @@ def publish(
         raise ConfigError(f"--merge: {found} has no LoRA adapter: the model is whole; leave --merge out")
     if dtype and has_adapter and not (merge or part):
         raise ConfigError("--dtype: a LoRA adapter and its base are copied as they are; give --merge too")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: is there already, and not empty; choose another folder, or remove it")
+    check_free(out)
     check_unchanged(found)
-    partial = out.resolve().with_name(f".{out.resolve().name}.partial")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
+
+    def write(partial: Path) -> None:
         if part or merge or dtype:
             _write(found, partial, part, dtype)
         elif has_adapter:
@@ -65,6 +57,23 @@ def publish(
             set_base(partial / EXPORT, out / BASE)
         else:
             _copy({found: partial})
+
+    into(out, write)
+
+
+def check_free(out: Path) -> None:
+    """Raises ConfigError where a folder to be written has something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}: is there already, and not empty; choose another folder, or remove it")
+
+
+def into(out: Path, write: Callable[[Path], None]) -> None:
+    """Has a folder written, which gets its name when it is whole. Raises CheckpointError where the disk refuses it."""
+    partial = out.resolve().with_name(f".{out.resolve().name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
+        write(partial)
         partial.rename(out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
@@ -92,9 +101,20 @@ def _write(found: Path, folder: Path, part: str | None, dtype: torch.dtype | Non
     elif part == "projector":
         write_projector(model, folder)
     else:
-        export.describe(model)
         card = found / "README.md"
-        processor = export.make_processor(model, tokenizer, image_transform(model), trained_system_prompt(found))
         about = card.read_text(encoding="utf-8").replace(OPEN_ADAPTER, OPEN) if card.is_file() else ""
-        weights = {name: weight.contiguous() for name, weight in model.named_parameters()}
-        export.write(model, weights, None, folder, processor, about, export.usual_file_mode())
+        write_model(model, tokenizer, folder, trained_system_prompt(found), about)
+
+
+def write_model(
+    model: MQWenForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    system_prompt: str,
+    card: str,
+) -> None:
+    """Writes an export. system_prompt: opens conversations without a system message. card: text of README.md."""
+    export.describe(model)
+    processor = export.make_processor(model, tokenizer, image_transform(model.config), system_prompt)
+    weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters()}  # a tied one once
+    export.write(model, weights, None, folder, processor, card, export.usual_file_mode())

@@ -17,7 +17,7 @@ from trainer.dist import World
 from trainer.engine import deepspeed_settings
 from trainer.flops import step_flops
 from trainer.freeze import freeze, table
-from trainer.load import load_tokenizer, meta_model
+from trainer.load import meta_model
 from trainer.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -30,6 +30,7 @@ from trainer.memory import (
 )
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.rows import Rows, full_rows, missing_shards, open_rows
+from trainer.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from trainer.measure import Measured  # imports training, slowly

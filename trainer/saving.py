@@ -28,8 +28,8 @@ from trainer.data.writer import sync, write_whole
 from trainer.dist import World, gather, log, on_main_rank, on_ranks, raise_together
 from trainer.engine import full_weights
 from trainer.errors import CheckpointError, UserError
+from trainer.folders import EXPORT, LATEST
 from trainer.frozen import FrozenWeights
-from trainer.load import EXPORT, LATEST
 from trainer.models.processing_mqwen_vl import MQWenVLProcessor
 from trainer.run_lock import RunLock
 

@@ -32,13 +32,14 @@ from trainer.export import make_processor
 from trainer.freeze import describe_trained, freeze, table
 from trainer.guard import StepGuard
 from trainer.ledger import Ledger
-from trainer.load import check_handover, image_transform, load_model, load_tokenizer
+from trainer.load import check_handover, image_transform, load_model
 from trainer.memory import Sharding, checkpoint_bytes
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.preflight import check_disk
 from trainer.run_lock import RunLock
 from trainer.saving import Saver
 from trainer.stopping import StopRequest
+from trainer.tokenizer import load_tokenizer
 from trainer.watchdog import Heartbeat, NoHeartbeat
 
 
@@ -144,7 +145,7 @@ def setup(
     model = load_model(config, tokenizer, resumed_from)
     freeze(model, config.freeze)
     log.info("%s", table(model))
-    transform = image_transform(model)
+    transform = image_transform(model.config)
     template = ChatTemplate(tokenizer, model.config.image_token_id, model.config.image_context_length)
     reader, held_out_reader = open_reader(sources, data, cache), open_reader(held_out, data, cache, held_out=True)
     stream, lengths = plan(config, world, sources, reader, template)

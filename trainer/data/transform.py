@@ -1,4 +1,5 @@
-"""Encoded picture -> square uint8 pixels, as CLIP's image processor makes them, and their normalisation on the device.
+"""Encoded picture -> square uint8 pixels, as CLIP's or SigLIP's image processor makes them, and their normalisation on
+the device.
 
 Workers hand on uint8, a quarter of the bytes of fp32; the training device divides and subtracts.
 """
@@ -11,6 +12,9 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from trainer.data.picture import decode
+
+Box = tuple[float, float, float, float]
+"""Left, upper, right and lower edge."""
 
 IMAGE_ASPECTS = ("crop", "pad", "squash")
 
@@ -35,23 +39,25 @@ class ImageTransform:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Of CLIP's training pictures, red green blue, 0 to 1. (source: CLIP's preprocessor_config.json)"""
+    resample: str = "bicubic"
+    """The filter: CLIP's "bicubic", or "bilinear"."""
 
     def __call__(self, encoded: bytes) -> torch.Tensor:
-        """Encoded picture -> (3, size, size) uint8, within one level of CLIP's processor.
+        """Encoded picture -> (3, size, size) uint8, within one level of the tower's own processor.
 
         Raises BadSample if it cannot be decoded or is too large.
         """
         image = decode(encoded)
         size, (width, height) = self.size, image.size
         if self.aspect == "squash":
-            return resize(image, size, size).contiguous()
+            return self._resize(image, size, size).contiguous()
         if self.aspect == "pad":
             # Not `ImageOps.pad`: of a strip (1 x 3000) it leaves nothing.
             inner = [max(1, round(size * side / max(width, height))) for side in (width, height)]
             left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
             colour = torch.tensor([round(255 * channel) for channel in self.mean], dtype=torch.uint8)
             square = colour[:, None, None].repeat(1, size, size)
-            square[:, top : top + inner[1], left : left + inner[0]] = resize(image, inner[0], inner[1])
+            square[:, top : top + inner[1], left : left + inner[0]] = self._resize(image, inner[0], inner[1])
             return square
         # The long side is rounded down and the crop starts at the floor of the margin, as in CLIP's processor.
         short = min(width, height)
@@ -68,24 +74,30 @@ class ImageTransform:
                 box[axis], box[axis + 2] = start / zoom, (start + size + 2 * margin) / zoom
                 resized[axis], offset[axis] = size + 2 * margin, margin
         left, top = offset
-        pixels = resize(image, resized[0], resized[1], (box[0], box[1], box[2], box[3]))
+        pixels = self._resize(image, resized[0], resized[1], (box[0], box[1], box[2], box[3]))
         return pixels[:, top : top + size, left : left + size].contiguous()
+
+    def _resize(self, image: Image.Image, width: int, height: int, box: Box | None = None) -> torch.Tensor:
+        if self.resample == "bicubic":
+            return resize(image, width, height, box)
+        return by_pillow(image, width, height, box, Image.Resampling.BILINEAR)
 
     def to_processor(self) -> CLIPImageProcessorPil:
         """The image processor of Transformers with the same result ("pad" is left to this class)."""
         square = {"height": self.size, "width": self.size}
         size = square if self.aspect == "squash" else {"shortest_edge": self.size}
-        return CLIPImageProcessorPil(size=size, crop_size=square, image_mean=list(self.mean), image_std=list(self.std))
+        return CLIPImageProcessorPil(
+            size=size, crop_size=square, image_mean=list(self.mean), image_std=list(self.std),
+            resample=Image.Resampling[self.resample.upper()],
+        )  # fmt: skip
 
     def normalize(self, pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(N, 3, H, W) uint8 -> `dtype`, zero mean and unit deviation over CLIP's training pictures."""
+        """(N, 3, H, W) uint8 -> `dtype`, zero mean and unit deviation over the tower's training pictures."""
         mean, std = (torch.tensor(v, device=pixel_values.device)[:, None, None] for v in (self.mean, self.std))
         return (pixel_values * (1 / (255 * std))).sub_(mean / std).to(dtype)  # two passes over the pixels, not four
 
 
-def resize(
-    image: Image.Image, width: int, height: int, box: tuple[float, float, float, float] | None = None
-) -> torch.Tensor:
+def resize(image: Image.Image, width: int, height: int, box: Box | None = None) -> torch.Tensor:
     """The picture, or a box of it -> (3, height, width) uint8, within one level of Pillow's bicubic filter."""
     # Pillow shortens a tall picture before it narrows it, rounding and clipping between; PyTorch never does.
     tall = image.height - height > 2 * (image.width - width)
@@ -95,5 +107,10 @@ def resize(
         stored = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
         pixels = stored.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
         return torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0, :3]
-    resized = image.resize((width, height), Image.Resampling.BICUBIC, box)
+    return by_pillow(image, width, height, box, Image.Resampling.BICUBIC)
+
+
+def by_pillow(image: Image.Image, width: int, height: int, box: Box | None, resample: Image.Resampling) -> torch.Tensor:
+    """The picture, or a box of it -> (3, height, width) uint8."""
+    resized = image.resize((width, height), resample, box)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from .configuration_qwen import QWenConfig
 from .linear_cross_entropy import IGNORE_INDEX
@@ -116,6 +116,31 @@ def _repeats(marks: torch.Tensor, length: int) -> tuple[torch.Tensor, int]:
     return repeats, places
 
 
+def embed(
+    input_ids: torch.Tensor,
+    images: torch.Tensor | None,
+    embedding: torch.nn.Module,
+    placeholder: ImagePlaceholder,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values=None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings (B, T, D) with the features of `images` (N, P, D) in place of placeholders, and the attention mask.
+
+    Raises ValueError, with both counts, where `images` and placeholders do not match, also when placeholders come
+    without images; behind a cache (a word the model itself wrote) that is left alone.
+    """
+    has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
+    if images is None and not has_past:
+        images = torch.empty(0, placeholder.image_context_length, placeholder.image_feature_hidden_size)
+        images = images.to(input_ids.device)
+    if images is None:
+        return embedding(input_ids), attention_mask
+    input_ids, attention_mask, _ = grow_placeholders(input_ids, images, placeholder, attention_mask)
+    marks = (input_ids == placeholder.replace_token_id)[..., None]
+    embeds = embedding(input_ids)
+    return embeds.masked_scatter(marks, images.to(embeds)), attention_mask
+
+
 class MQWenModel(QWenModel):
     """`QWenModel` that reads image features."""
 
@@ -126,31 +151,76 @@ class MQWenModel(QWenModel):
     def forward(
         self, input_ids=None, images=None, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
     ):
-        """`QWenModel.forward`, with `images` (N, P, D): features already projected to the hidden size.
-
-        Raises ValueError, with both counts, where `images` and placeholders do not match, also when placeholders
-        come without images; behind a cache (a word the model itself wrote) that is left alone.
-        """
+        """`QWenModel.forward`, with `images` (N, P, D): features already projected to the hidden size; see `embed`."""
         if input_ids is not None and inputs_embeds is None:
-            has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
-            if images is None and not has_past:
-                size = (0, self.image_placeholder.image_context_length, self.config.hidden_size)
-                images = self.wte.weight.new_empty(size)
-            if images is not None:
-                input_ids, attention_mask, _ = grow_placeholders(
-                    input_ids, images, self.image_placeholder, attention_mask
-                )
-                marks = (input_ids == self.image_placeholder.replace_token_id)[..., None]
-                embeds = self.wte(input_ids)
-                inputs_embeds = embeds.masked_scatter(marks, images.to(embeds))
-                input_ids = None
+            inputs_embeds, attention_mask = embed(
+                input_ids, images, self.wte, self.image_placeholder, attention_mask, past_key_values
+            )
+            input_ids = None
         return super().forward(
             input_ids=input_ids, past_key_values=past_key_values, attention_mask=attention_mask,
             inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
 
 
-class MQWenLMHeadModel(QWenLMHeadModel):
+class GeneratesFromImages(GenerationMixin):
+    """Generation of a causal language model whose `forward` takes `images` for what `image_placeholder` says."""
+
+    image_placeholder: ImagePlaceholder
+
+    def prepare_inputs_for_generation(
+        self, input_ids, images=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        """Transformers' own, with the images where a prompt is read: at the first step, or at all without a cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if images is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            inputs["images"] = images
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Beams and several return sequences repeat rows; a row's images are repeated together, in order."""
+        images = kwargs.pop("images", None)
+        if images is not None and expand_size > 1:
+            marks = (input_ids == self.image_placeholder.replace_token_id).sum(-1)
+            per_row = images.split((marks // images.shape[1]).tolist())
+            images = torch.cat([row for row in per_row for _ in range(expand_size)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, kwargs | ({} if images is None else {"images": images})
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, images=None, attention_mask=None, logits_processor=None, **kwargs):
+        """Transformers' `generate` with `images` (N, P, D). Rows of different lengths are padded on the left.
+
+        Placeholders take their final length before the first step, so every step sees final lengths (which `max_length`
+        counts; `max_new_tokens` does not); what is returned is the prompt as it was given, followed by the new tokens,
+        none of them a placeholder.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        placeholder = self.image_placeholder
+        no_placeholder = SuppressTokensLogitsProcessor([placeholder.replace_token_id], device=self.device)
+        kwargs["logits_processor"] = LogitsProcessorList([no_placeholder, *(logits_processor or [])])
+        if images is None or input_ids is None:
+            return super().generate(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        grown, attention_mask, _ = grow_placeholders(
+            input_ids, images, placeholder, attention_mask, padding_side="left"
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(grown)
+        output = super().generate(grown, *args, images=images, attention_mask=attention_mask, **kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        prompts = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], dim=0)
+        sequences = torch.cat((prompts, sequences[:, grown.shape[1] :]), dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+
+class MQWenLMHeadModel(GeneratesFromImages, QWenLMHeadModel):
     """`QWenLMHeadModel` whose transformer reads image features.
 
     otherConfig: dict or object with `replace_token_id`, `image_context_length` and `image_feature_hidden_size`;
@@ -163,6 +233,14 @@ class MQWenLMHeadModel(QWenLMHeadModel):
 
     def _build_transformer(self, config: QWenConfig) -> MQWenModel:
         return MQWenModel(config, self._other_config)
+
+    @property
+    def image_placeholder(self) -> ImagePlaceholder:
+        return self.transformer.image_placeholder
+
+    @image_placeholder.setter
+    def image_placeholder(self, placeholder: ImagePlaceholder) -> None:
+        self.transformer.image_placeholder = placeholder
 
     def forward(
         self,
@@ -190,7 +268,7 @@ class MQWenLMHeadModel(QWenLMHeadModel):
         """
         if images is not None and input_ids is not None and inputs_embeds is None:
             input_ids, attention_mask, labels = grow_placeholders(
-                input_ids, images, self.transformer.image_placeholder, attention_mask, labels
+                input_ids, images, self.image_placeholder, attention_mask, labels
             )
         return super().forward(
             input_ids=input_ids, images=images, past_key_values=past_key_values, attention_mask=attention_mask,
@@ -200,54 +278,3 @@ class MQWenLMHeadModel(QWenLMHeadModel):
             output_attentions=output_attentions, output_hidden_states=output_hidden_states,
             return_dict=return_dict, **kwargs,
         )  # fmt: skip
-
-    def prepare_inputs_for_generation(
-        self, input_ids, images=None, inputs_embeds=None, is_first_iteration=False, **kwargs
-    ):
-        """Transformers' own, with the images where a prompt is read: at the first step, or at all without a cache."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if images is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
-            inputs["images"] = images
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """Beams and several return sequences repeat rows; a row's images are repeated together, in order."""
-        images = kwargs.pop("images", None)
-        if images is not None and expand_size > 1:
-            marks = (input_ids == self.transformer.image_placeholder.replace_token_id).sum(-1)
-            per_row = images.split((marks // images.shape[1]).tolist())
-            images = torch.cat([row for row in per_row for _ in range(expand_size)])
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        return input_ids, kwargs | ({} if images is None else {"images": images})
-
-    @torch.no_grad()
-    def generate(self, inputs=None, *args, images=None, attention_mask=None, logits_processor=None, **kwargs):
-        """Transformers' `generate` with `images` (N, P, D). Rows of different lengths are padded on the left.
-
-        Placeholders take their final length before the first step, so every step sees final lengths (which `max_length`
-        counts; `max_new_tokens` does not); what is returned is the prompt as it was given, followed by the new tokens,
-        none of them a placeholder.
-        """
-        input_ids = kwargs.pop("input_ids", inputs)
-        placeholder = self.transformer.image_placeholder
-        no_placeholder = SuppressTokensLogitsProcessor([placeholder.replace_token_id], device=self.device)
-        kwargs["logits_processor"] = LogitsProcessorList([no_placeholder, *(logits_processor or [])])
-        if images is None or input_ids is None:
-            return super().generate(input_ids, *args, attention_mask=attention_mask, **kwargs)
-        grown, attention_mask, _ = grow_placeholders(
-            input_ids, images, placeholder, attention_mask, padding_side="left"
-        )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(grown)
-        output = super().generate(grown, *args, images=images, attention_mask=attention_mask, **kwargs)
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        prompts = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], dim=0)
-        sequences = torch.cat((prompts, sequences[:, grown.shape[1] :]), dim=1)
-        if isinstance(output, torch.Tensor):
-            return sequences
-        output.sequences = sequences
-        return output

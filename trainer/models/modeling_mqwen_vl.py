@@ -2,19 +2,24 @@
 
     pixel_values -> vision_tower -> patch features -> multi_modal_projector -> language_model (MQWenLMHeadModel)
 
+Tower and language model are what their configurations say: CLIP or SigLIP; Qwen v1 or a newer one of Transformers.
+
 Shapes: N images, P patches, V width of the tower, D hidden size of the language model, B batch, T tokens.
 """
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel, PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 from transformers.generation import GenerationMixin
 
 from .configuration_mqwen_vl import MQWenVLConfig
-from .modeling_mqwen import MQWenLMHeadModel
+from .modeling_causal_lm import language_model_class
 
 PROJECTOR_INIT_STD = 0.01
 """Standard deviation of the projector's initial weights; its biases start at zero. (source: the notes)"""
+
+TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+"""Class of a tower by its `model_type`."""
 
 
 class MultiModalProjector(nn.Module):
@@ -44,7 +49,6 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["QWenBlock", "CLIPEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
@@ -52,16 +56,16 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text, vision = config.text_config, config.vision_config
         placeholder = {"replace_token_id": config.image_token_id, "image_context_length": config.image_context_length}
-        self.vision_tower = CLIPVisionModel(vision)
+        self.vision_tower = TOWERS[vision.model_type](vision)
         self.multi_modal_projector = MultiModalProjector(vision.hidden_size, text.hidden_size)
-        self.language_model = MQWenLMHeadModel(text, placeholder)
+        self.language_model = language_model_class(text)(text, placeholder)
         self.post_init()
 
     @classmethod
     def from_parts(
         cls,
-        vision_tower: CLIPVisionModel,
-        language_model: MQWenLMHeadModel,
+        vision_tower: PreTrainedModel,
+        language_model: PreTrainedModel,
         seed: int = 0,
         **settings,
     ) -> "MQWenForConditionalGeneration":
@@ -72,7 +76,7 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config = MQWenVLConfig(language_model.config, vision_tower.config, **settings)
         with torch.device("meta"):
             model = cls(config)
-        language_model.transformer.image_placeholder = model.language_model.transformer.image_placeholder
+        language_model.image_placeholder = model.language_model.image_placeholder
         model.vision_tower, model.language_model = vision_tower, language_model
         model.generation_config = language_model.generation_config
         model.multi_modal_projector.to_empty(device="cpu").to(language_model.dtype).reset_parameters(seed)
@@ -98,15 +102,15 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model.set_output_embeddings(value)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) floats as CLIP's processor normalises them -> (N, P, D) features for the language model."""
+        """(N, 3, H, W) floats as the tower's processor normalises them -> (N, P, D) features for the language model."""
         layer = self.config.vision_feature_layer
         # A frozen tower keeps no graph, whatever the projector behind it needs.
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trains):
             outputs = self.vision_tower(pixel_values, output_hidden_states=layer != -1)
             patches = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
-        patches = patches[:, 1:].to(self.multi_modal_projector.linear_1.weight.dtype)
-        return self.multi_modal_projector(patches)  # without the class token
+        patches = patches[:, -self.config.image_context_length :]  # without the class token, which comes first
+        return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
 
     def forward(
         self,

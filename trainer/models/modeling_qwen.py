@@ -313,6 +313,14 @@ class QWenHead(nn.Linear):
         return linear_cross_entropy(hidden_states, self.weight, labels, num_items)
 
 
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: int | None = None) -> torch.Tensor:
+    """Mean cross-entropy of logits (B, T, V) against labels (B, T), or their sum over `num_items`."""
+    predictions, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
+    if num_items is None:
+        return F.cross_entropy(predictions, targets)
+    return F.cross_entropy(predictions, targets, reduction="sum") / num_items
+
+
 class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     """Qwen with its language-model head (not tied to the embedding)."""
 
@@ -386,11 +394,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         if loss_only:
             loss = self.lm_head(hidden_states, labels, num_items_in_batch)
         elif labels is not None and logits is not None:
-            predictions, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
-            if num_items_in_batch is None:
-                loss = F.cross_entropy(predictions, targets)
-            else:
-                loss = F.cross_entropy(predictions, targets, reduction="sum") / num_items_in_batch
+            loss = next_token_loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states, attentions=outputs.attentions,

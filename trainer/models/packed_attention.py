@@ -1,9 +1,10 @@
 """Attention over packed documents: causal inside each of them, blind to the others.
 
-T tokens of all documents, H heads, C channels a head.
+T tokens of all documents, H heads (of keys and values perhaps fewer, each for a group of queries), C channels a head.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +24,24 @@ def packed_attention(
     scaling: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """query, key, value (1, H, T, C) -> (1, T, H, C).
+    """query, key, value (1, H, T, C) -> (1, T, H, C); key and value may have a divisor of the query's heads.
 
     cu_seq_lens: (documents + 1,) int32, where each document starts and the last one ends; max_length: tokens of the
     longest. On CUDA in half precision one kernel takes all documents, elsewhere each gets a call of its own.
     """
+    grouped: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
     if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (T, H, C)
         causal = (-1, 0)  # all tokens on the left, none on the right
         output = varlen_attn(
-            query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=causal
-        )
+            query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=causal,
+            **grouped,
+        )  # fmt: skip
         return output.unsqueeze(0)  # type: ignore[union-attr]
     outputs = [
         F.scaled_dot_product_attention(
             query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
-            dropout_p=dropout, is_causal=True, scale=scaling,
+            dropout_p=dropout, is_causal=True, scale=scaling, **grouped,
         )
         for start, end in pairwise(cu_seq_lens.tolist())
     ]  # fmt: skip
