@@ -1,5 +1,6 @@
 """The model card of an export: what the model is, where it comes from, and how it is asked."""
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ with the configuration
 """
 
 
+FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\",\]}]+/)*")
+"""Of an absolute path all but its last name; not of a URL."""
+
+
 def published(config: Config) -> dict:
     """The settings that mean something elsewhere: of folders the names alone, of shards nothing."""
     tree = config.to_dict()
@@ -59,6 +64,7 @@ def published(config: Config) -> dict:
     for split in ("train", "eval"):
         tree["data"][split] = [{"name": s["name"], "weight": s["weight"]} for s in tree["data"][split]]
     tree["data"].pop("cache_dir")
+    tree["deepspeed"] = Path(tree["deepspeed"]).name
     return tree
 
 
@@ -92,6 +98,12 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 BASE_CARD = "The model that the LoRA adapter in `../hf` belongs to, without it; its projector is the trained one.\n"
 
 
+def command(arguments: list[str]) -> str:
+    """The command line, without the folders and passwords of the place where it was given."""
+    given = [argument for argument in arguments[1:] if not argument.startswith("--local_rank")]
+    return shlex.join([Path(arguments[0]).name, *(FOLDERS.sub("", shown(argument)) for argument in given)])
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """What is known of a run before it begins."""
@@ -106,8 +118,7 @@ class ModelCard:
     @classmethod
     def of(cls, config: Config, model: MQWenForConditionalGeneration) -> "ModelCard":
         parts = {"language_model": "A language model", "vision_tower": "a vision tower", **model.config.base_models}
-        arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-        return cls(config, table(model), shlex.join([Path(sys.argv[0]).name, *map(shown, arguments)]), parts)
+        return cls(config, table(model), command(sys.argv), parts)
 
     def text(self, step: int, held_out_loss: float | None) -> str:
         """README.md of the export after a step."""
