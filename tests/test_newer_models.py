@@ -19,7 +19,7 @@ sys.modules["trainer"] = None          # `import trainer` now fails
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor
 folder, out = map(Path, sys.argv[1:])
 inputs = load_file(out / "inputs.safetensors")
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -28,9 +28,9 @@ with torch.no_grad():
 answers = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
 save_file({"logits": logits, "answers": answers}, out / "read.safetensors")
 model.language_model.save_pretrained(out / "language-model")
-processor, tokenizer = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-print("processor", processor.image_mean[0], int(processor.resample))
-print(tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False))
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+print("processor", processor.image_processor.image_mean[0], int(processor.image_processor.resample))
+print(processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]))
 """
 
 
