@@ -47,7 +47,8 @@ AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
 
 def language_model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class for a language model's configuration. Raises ValueError where Transformers has no causal one."""
-    if isinstance(config, QWenConfig):
+    # Not by its class: files that travel in an export may be imported more than once.
+    if config.model_type == QWenConfig.model_type:
         return MQWenLMHeadModel
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"'{config.model_type}' is no causal language model of Transformers")
