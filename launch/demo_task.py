@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from trainer.data.conversation import parse_conversation
 from trainer.data.samples import IGNORE_INDEX
 from trainer.data.template import ChatTemplate
-from trainer.data.transform import ImageTransform
 from trainer.data.writer import ShardWriter
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_qwen import QWenLMHeadModel
@@ -130,7 +130,8 @@ def write_models(folder: Path, seed: int) -> None:
         patch_size=PLACE,
     )  # fmt: skip
     CLIPVisionModel(vision).save_pretrained(clip)
-    ImageTransform(SIZE).to_processor().save_pretrained(clip)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    processor.save_pretrained(clip)
 
 
 def teach_language(model: QWenLMHeadModel, vocabulary: Path, seed: int, steps: int = 250, batch_size: int = 32) -> None:

@@ -17,6 +17,7 @@ from trainer.config import Config, ModelConfig
 from trainer.data.samples import Turn
 from trainer.data.template import ChatTemplate
 from trainer.errors import ConfigError
+from trainer.export import picture_processor
 from trainer.folders import language_config, preprocessing, read_model, tower_config
 from trainer.load import check_computes, image_transform, meta_model, model_config
 from trainer.models.modeling_causal_lm import language_model_class
@@ -138,7 +139,7 @@ def test_siglip_sees_pictures_as_its_own_processor_makes_them(tmp_path, resample
         # One level of 255, of a range of two: PyTorch's filter stands in for Pillow's where it is faster.
         found = transform.normalize(pixels[None], torch.float32)
         assert (found - expected).abs().max() <= 2 / 255 + 1e-6
-        again = transform.to_processor()(image, return_tensors="pt")["pixel_values"]
+        again = picture_processor(transform)(image, return_tensors="pt")["pixel_values"]
         np.testing.assert_allclose(again, expected, atol=1e-6)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from trainer.data.picture import decode
 
@@ -81,15 +80,6 @@ class ImageTransform:
         if self.resample == "bicubic":
             return resize(image, width, height, box)
         return by_pillow(image, width, height, box, Image.Resampling.BILINEAR)
-
-    def to_processor(self) -> CLIPImageProcessorPil:
-        """The image processor of Transformers with the same result ("pad" is left to this class)."""
-        square = {"height": self.size, "width": self.size}
-        size = square if self.aspect == "squash" else {"shortest_edge": self.size}
-        return CLIPImageProcessorPil(
-            size=size, crop_size=square, image_mean=list(self.mean), image_std=list(self.std),
-            resample=Image.Resampling[self.resample.upper()],
-        )  # fmt: skip
 
     def normalize(self, pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(N, 3, H, W) uint8 -> `dtype`, zero mean and unit deviation over the tower's training pictures."""
