@@ -28,6 +28,7 @@ def write_language_model(model: MQWenForConditionalGeneration, tokenizer: PreTra
     language_model = model.language_model
     language_model.generation_config = model.generation_config
     language_model.save_pretrained(out)
+    tokenizer._set_processor_class(None)  # of the whole model
     tokenizer.save_pretrained(out)
     if isinstance(language_model.config, QWenConfig):
         config: Any = copy.deepcopy(language_model.config)
