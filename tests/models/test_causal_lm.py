@@ -211,3 +211,20 @@ def test_every_patch_of_siglip_is_a_feature(layer):
     outputs = model.vision_tower(pixels, output_hidden_states=True)
     features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     assert torch.equal(model.get_image_features(pixels), model.multi_modal_projector(features))
+
+
+def test_rotary_frequencies_stay_in_fp32_when_an_engine_casts_the_model(model, tmp_path):
+    # DeepSpeed calls `module.bfloat16()`; Transformers, loading in bf16, leaves them as they are.
+    exact = {name: buffer.clone() for name, buffer in model.language_model.named_buffers() if "inv_freq" in name}
+    assert exact
+    model.bfloat16()
+    assert next(model.language_model.parameters()).dtype == torch.bfloat16
+    cast = dict(model.language_model.named_buffers())
+    for name, frequencies in exact.items():
+        assert cast[name].dtype == torch.float32
+        assert torch.equal(cast[name], frequencies)
+    model.save_pretrained(tmp_path)
+    again = MQWenForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    ids = torch.randint(0, 90, (1, 200))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)

@@ -70,6 +70,7 @@ class CausalLMWithImages(GeneratesFromImages):
     if TYPE_CHECKING:  # of the class that comes behind
         config: Any
         training: bool
+        modules: Any
         get_decoder: Any
         get_input_embeddings: Any
         get_output_embeddings: Any
@@ -87,6 +88,17 @@ class CausalLMWithImages(GeneratesFromImages):
         self.set_output_embeddings(head)
         if self.config._attn_implementation == "sdpa":
             self.config._attn_implementation = PACKED_SDPA
+
+    def _apply(self, fn, recurse=True):
+        """As of any module, but buffers keep their type, as when Transformers loads them: DeepSpeed would cast rotary
+        frequencies to bf16, in which far positions are off by radians."""
+        kept = [(module, name, buffer) for module in self.modules() for name, buffer in module._buffers.items()]
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for module, name, buffer in kept:
+            now = module._buffers[name]
+            if buffer is not None and now.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(now.device)
+        return self
 
     def forward(
         self,
