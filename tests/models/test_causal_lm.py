@@ -191,11 +191,17 @@ def test_saved_names_are_plain_and_a_tied_head_is_the_embedding_again(model, tmp
     assert torch.allclose(alone(text).logits, model(text).logits, atol=1e-5)
 
 
-def test_classes_that_cannot_serve_are_refused():
+@torch.no_grad()
+def test_another_architecture_serves_too_and_one_that_is_no_language_model_is_refused():
     with pytest.raises(ValueError, match="'siglip_vision_model' is no causal language model"):
         language_model_class(SiglipVisionConfig())
-    gpt2 = language_model_class(GPT2Config())  # has a plain head, and so could serve
-    assert gpt2(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)).lm_head.out_features == 20
+    # GPT-2 has absolute positions: padding on the left would move them.
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)
+    gpt2 = language_model_class(config)(config).eval()
+    assert gpt2.lm_head.weight is gpt2.get_input_embeddings().weight
+    alone = gpt2(torch.tensor([[5, 6, 7]])).logits
+    padded = gpt2(torch.tensor([[0, 0, 5, 6, 7]]), attention_mask=torch.tensor([[0, 0, 1, 1, 1]])).logits
+    assert torch.allclose(padded[:, 2:], alone, atol=1e-6)
 
 
 @torch.no_grad()
