@@ -70,6 +70,8 @@ def check(args: argparse.Namespace, many: bool) -> None:
         raise ConfigError("--image: a folder stands alone; give it without other pictures")
     if args.out and not many:
         raise ConfigError("--out is for many questions: give --jsonl, or a folder as --image")
+    if args.out and args.jsonl and args.out.resolve() == args.jsonl.resolve():
+        raise ConfigError(f"--out {args.out}: has the questions; the answers need a file of their own")
     if args.stream and (many or args.num_beams > 1):
         raise ConfigError("--stream shows one answer as it grows: one question, without --num-beams")
     if args.batch_size < 1:

@@ -447,3 +447,6 @@ def test_writing_it_says_what_differs_from_the_one_before(tiny_run, tmp_path):
         "freeze: ['vision_tower'] -> []", "optim.schedule: cosine -> linear", "train.max_steps: 10 -> 20",
     ]  # fmt: skip
     assert Config.load(file).train.max_steps == 20
+    file.write_bytes("a: 你".encode()[:-1])  # cut short by a kill
+    assert Config.load(tiny_run).write(file) == []
+    assert Config.load(file).train.max_steps == 10

@@ -420,3 +420,11 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path):
     assert done.returncode == EXIT_USER_ERROR == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}: neither a model folder (config.json)")
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_of_one_line_that_is_no_answer_is_left_as_it_is(tiny_export, tmp_path):
+    file = tmp_path / "llava.json"
+    file.write_text('[{"id": 1}]')
+    with pytest.raises(DataError, match="llava.json: its last line is not an answer"):
+        AnswerFile(file, [], tiny_export, Decoding(), "")
+    assert file.read_text() == '[{"id": 1}]'

@@ -230,9 +230,13 @@ class Config:
 
     def write(self, file: Path) -> list[str]:
         """Writes the resolved configuration; what differs from the one that was there, as `key: before -> now`."""
-        before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-        now = self.to_dict()
-        file.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        try:
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):  # none, or one that a kill has cut short
+            before = None
+        now, partial = self.to_dict(), file.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.replace(file)
         return differences(before, now) if isinstance(before, dict) else []
 
 

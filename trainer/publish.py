@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -74,9 +75,9 @@ def into(out: Path, write: Callable[[Path], None]) -> None:
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
         write(partial)
-        partial.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
+        partial.rename(out.resolve())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -119,6 +119,11 @@ class AnswerFile:
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
             self._take(f"{file}:{number}", line, asked)
+        tail, start = content[whole:], b'{"id": '
+        if not (tail.startswith(start) or start.startswith(tail)):
+            raise DataError(
+                f"--out {file}: its last line is not an answer; --out takes a new file, or one of this command"
+            )
         self.out.truncate(whole)  # cuts off the line in which an earlier job was ended
 
     def _take(self, where: str, line: bytes, asked: dict[str | int, Question]) -> None:

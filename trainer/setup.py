@@ -166,13 +166,14 @@ def setup(
         sizes = checkpoint_bytes(Sharding.of(model, config.optim, settings, world.world_size))
         on_main_rank(world, lambda: check_disk(config, steps, sizes, resumed_from))
 
+    card = ModelCard.of(config, model)  # before ZeRO-3 cuts the parameters that it counts
     engine = build_engine(model, config, settings)
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
     processor = make_processor(model, tokenizer, transform, data.system_prompt)
     saver = Saver(
-        engine, world, Path(config.run.output_dir), config.checkpoint, processor, ModelCard.of(config, model),
+        engine, world, Path(config.run.output_dir), config.checkpoint, processor, card,
         resumed_from, run.frozen,
     )  # fmt: skip
     return TrainState(
