@@ -4,7 +4,6 @@ Also the two tiny models that learn it, in the official folder layouts: a CLIP o
 the task's language, but has never seen a picture.
 """
 
-import base64
 import io
 import random
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from trainer.data.template import ChatTemplate
 from trainer.data.writer import ShardWriter
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_qwen import QWenLMHeadModel
-from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER, VOCABULARY_FILE, build_tokenizer
+from trainer.models.tokenization_qwen import IMAGE_PLACEHOLDER, VOCABULARY_FILE, build_tokenizer, write_tiktoken
 
 COLOURS = {
     "red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 86, 200), "yellow": (240, 210, 30),
@@ -182,7 +181,4 @@ def write_vocabulary(file: Path, seed: int) -> None:
     alphabet = list(bytes_to_unicode().values())
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([*texts, "system user assistant"], trainer)
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    lines = [base64.b64encode(bytes(byte_of[c] for c in token)).decode() + f" {rank}\n" for token, rank in ranked]
-    file.write_text("".join(lines))
+    write_tiktoken(tokenizer.get_vocab(), file)

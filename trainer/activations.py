@@ -66,7 +66,7 @@ def activation_bytes(
     """What a batch of this shape takes. model: with what is frozen marked, in the type it trains in; may be on meta."""
     size = model.multi_modal_projector.linear_1.weight.element_size()
     images = max(1.0, shape.images)  # without an image a blank one is computed
-    tower, tower_layer = _tower(model, images, size, checkpointing)
+    tower, of_tower_layer = _tower(model, images, size, checkpointing)
     projector = _projector(model, images, size)
     text, config = decoder_of(model), model.config.text_config
     head, embedding = text.head, text.embedding
@@ -94,7 +94,7 @@ def activation_bytes(
     return Activations(
         saved=tower + projector + saved,
         loss=size * shape.supervised * width * reached + 8 * shape.supervised + size * head_values,
-        recomputed=max(tower_layer, *layers) if checkpointing else 0.0,
+        recomputed=max(of_tower_layer, *layers) if checkpointing else 0.0,
         logits=2 * FP32 * chunk + (FP32 + size) * head_values,
         norm=5 * FP32 * shape.tokens * width * reached,
         # Of three branches; but what the last product of a trained one keeps is gone by then.

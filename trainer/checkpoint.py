@@ -25,7 +25,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from trainer.convert import convert
 from trainer.dist import log
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, refused_name
 from trainer.folders import LATEST
 from trainer.manifest import check_whole
 
@@ -228,9 +228,8 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
                 convert(engine, path / DEEPSPEED, *written)
                 loaded = str(path)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path}: nothing was loaded: a file in {DEEPSPEED}/ holds {found[1] if found else 'what is no pickle'}, "
+            f"{path}: nothing was loaded: a file in {DEEPSPEED}/ holds {refused_name(error) or 'what is no pickle'}, "
             f"expected tensors and plain values; take the weights alone, with model.init_from={path}"
         ) from error
     finally:

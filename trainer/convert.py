@@ -7,7 +7,6 @@ anew. Nothing is computed, so every bit stays; then every tensor is read back fr
 
 import math
 import pickle
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from deepspeed.utils import (
 from safetensors import SafetensorError, safe_open
 
 from trainer.dist import raise_together
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, refused_name
 from trainer.lora import stored_name
 
 FP32 = "fp32"
@@ -190,8 +189,7 @@ def _open(file: Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        held = f"it holds {found[1] if found else 'what is no pickle'}, expected tensors and plain values"
+        held = f"it holds {refused_name(error) or 'what is no pickle'}, expected tensors and plain values"
         raise CheckpointError(
             f"{file}: nothing was loaded: {held}; take the weights alone, with model.init_from={file.parents[1]}"
         ) from error

@@ -4,6 +4,7 @@ Entry points print the message without a traceback and leave with `EXIT_USER_ERR
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -51,6 +52,12 @@ class NumbersError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or model folder that cannot be used."""
+
+
+def refused_name(error: Exception) -> str | None:
+    """What a pickle holds that PyTorch, asked for tensors alone, has refused to load; None if the error says none."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found[1] if found else None
 
 
 def printable(text: str, lines: bool = False) -> str:

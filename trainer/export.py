@@ -17,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.transform import ImageTransform
 from trainer.dist import log
 from trainer.errors import CheckpointError
-from trainer.folders import stored_shapes
+from trainer.folders import INDEX, stored_shapes
 from trainer.lora import is_adapter, stored_name
 from trainer.models.image_processing_mqwen_vl import MQWenVLImageProcessor
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.models.processing_mqwen_vl import MQWenVLProcessor, chat_template
 
-INDEX = "model.safetensors.index.json"
 FROZEN = "model-frozen"
 TRAINED = "model-trained"
 """How the files' names begin; where nothing is frozen, they have Transformers' own names."""

@@ -169,13 +169,11 @@ def _qwen_layer(block: Any) -> Layer:
 def _llama_layer(layer: Any) -> Layer:
     attn, mlp = layer.self_attn, layer.mlp
     projections = [attn.q_proj, attn.k_proj, attn.v_proj]
-    wide, head_norms = (
-        [mlp.gate_proj, mlp.up_proj],
-        [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)],
-    )
+    head_norms = [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
     return Layer(
-        layer.input_layernorm, projections, attn.o_proj, layer.post_attention_layernorm, wide, mlp.down_proj, head_norms
-    )
+        layer.input_layernorm, projections, attn.o_proj, layer.post_attention_layernorm,
+        [mlp.gate_proj, mlp.up_proj], mlp.down_proj, head_norms,
+    )  # fmt: skip
 
 
 def tower_layer(layer: Any) -> Layer:

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, PreTrainedModel, SiglipVisionConfig
 
 from trainer.data.transform import ImageTransform
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, refused_name
 from trainer.lora import ADAPTER_CONFIG
 from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.configuration_qwen import QWenConfig
@@ -23,6 +22,9 @@ LATEST = "latest"
 
 EXPORT = "hf"
 """Folder in a checkpoint that opens in Transformers; in a LoRA run's in PEFT, beside the base/ that it stands on."""
+
+INDEX = "model.safetensors.index.json"
+"""Says which file has which weight, where there are several."""
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of the filters that are known here, as preprocessor_config.json has them."""
@@ -179,7 +181,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     Raises CheckpointError, naming the file, where one is missing or damaged.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / "model.safetensors"
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -212,6 +214,5 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 def refused_pickle(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     """What to say of a pickle that would have run code."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    held = found[1] if found else "what is no pickle of tensors"
+    held = refused_name(error) or "what is no pickle of tensors"
     return CheckpointError(f"{path}: nothing was loaded: it holds {held}, expected tensors alone")

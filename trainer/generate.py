@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from trainer.config import ModelConfig
@@ -19,7 +19,7 @@ from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.errors import ConfigError, DataError
 from trainer.folders import check_export
-from trainer.load import image_transform, load_trained, trained_system_prompt
+from trainer.load import context_length, image_transform, load_trained, trained_system_prompt
 from trainer.lora import base_of
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.tokenizer import load_tokenizer
@@ -97,7 +97,7 @@ class Generator:
         config = self.model.config
         self.transform = image_transform(config)
         self.template = ChatTemplate(self.tokenizer, config.image_token_id, config.image_context_length)
-        self.context_length = context_length(config.text_config)
+        _, self.context_length = context_length(config.text_config)
         self.system_prompt = trained_system_prompt(folder)
 
     def prompt(self, turns: list[Turn], images: list[bytes], system_prompt: str | None = None) -> Prompt:
@@ -173,11 +173,6 @@ class Generator:
             for image, question in zip(images, questions, strict=True)
         ]
         return self.answers(prompts, Decoding(max_new_tokens))
-
-
-def context_length(text: PretrainedConfig) -> int:
-    """Tokens that a language model of this configuration reads and writes at most."""
-    return getattr(text, "seq_length", None) or text.max_position_embeddings
 
 
 def generate(

@@ -35,8 +35,9 @@ def load_trained(folder: Path, dtype: torch.dtype | str = "auto") -> MQWenForCon
     dtype: "auto" for the one it is stored in. Raises CheckpointError where there is none, or weights are missing.
     """
     export = find_export(folder)
-    model = _read_export(base_of(export), dtype)
-    return merge(model, export) if base_of(export) != export else model
+    base = base_of(export)
+    model = _read_export(base, dtype)
+    return merge(model, export) if base != export else model
 
 
 def _read_export(folder: Path, dtype: torch.dtype | str) -> MQWenForConditionalGeneration:
@@ -170,9 +171,9 @@ def check_fit(config: Config, sizes: MQWenVLConfig, tokenizer: PreTrainedTokeniz
                 f"the language model's vocabulary of {text.vocab_size} is smaller than the tokenizer's "
                 f"{len(tokenizer)}: name the folder of its own tokenizer in model.tokenizer"
             )
-    context = "seq_length" if isinstance(text, QWenConfig) else "max_position_embeddings"
-    if max_length > getattr(text, context):
-        errors.append(f"data.max_length={max_length} is beyond the model's {context}={getattr(text, context)}")
+    name, context = context_length(text)
+    if max_length > context:
+        errors.append(f"data.max_length={max_length} is beyond the model's {name}={context}")
     if max_length <= sizes.image_context_length:
         errors.append(
             f"data.max_length={max_length} has no room for text beside an image of {sizes.image_context_length} "
@@ -180,6 +181,12 @@ def check_fit(config: Config, sizes: MQWenVLConfig, tokenizer: PreTrainedTokeniz
         )
     if errors:
         raise ConfigError("; ".join(errors))
+
+
+def context_length(text: PretrainedConfig) -> tuple[str, int]:
+    """Tokens that a language model of this configuration reads and writes at most, and by which name it says so."""
+    name = "seq_length" if isinstance(text, QWenConfig) else "max_position_embeddings"
+    return name, getattr(text, name)
 
 
 def model_config(settings: ModelConfig) -> MQWenVLConfig:

@@ -1,7 +1,6 @@
 """The parts of a model as folders of their own: the language model for Qwen's own code, the projector, the tower by
 reference."""
 
-import base64
 import copy
 import hashlib
 import json
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.models.modeling_qwen import QWenLMHeadModel
-from trainer.models.tokenization_qwen import VOCABULARY_FILE
+from trainer.models.tokenization_qwen import VOCABULARY_FILE, write_tiktoken
 
 PROJECTOR = "projector"
 """Name of its two files: the weights, and what they fit."""
@@ -38,16 +36,7 @@ def write_language_model(model: MQWenForConditionalGeneration, tokenizer: PreTra
             language_model.dtype == dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)
         )
         config.save_pretrained(out)
-        write_vocabulary(tokenizer, out / VOCABULARY_FILE)
-
-
-def write_vocabulary(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """The tokens of a byte-level BPE in tiktoken's format: base64 of the bytes and rank, one a line."""
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    ranked = sorted(vocabulary, key=vocabulary.__getitem__)
-    lines = [base64.b64encode(bytes(byte_of[c] for c in token)).decode() for token in ranked]
-    file.write_text("".join(f"{line} {rank}\n" for rank, line in enumerate(lines)))
+        write_tiktoken(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False), out / VOCABULARY_FILE)
 
 
 def write_projector(model: MQWenForConditionalGeneration, out: Path) -> None:

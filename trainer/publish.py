@@ -25,15 +25,13 @@ from trainer.lora import BASE, base_of, set_base
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 from trainer.parts import write_language_model, write_projector
 
-PARTS = ("language_model", "projector")
-
 
 def publish(
     model: Path, out: Path, merge: bool = False, part: str | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Writes what a run, checkpoint or export folder holds into a folder that is new or empty.
 
-    merge: adds a LoRA adapter to its base; without it both are written, as base/ and hf/. part: of `PARTS`, that alone,
+    merge: adds a LoRA adapter to its base; without it both are written, as base/ and hf/. part: that alone,
     with an adapter merged. dtype: of the weights; None for what they are stored in.
 
     Raises ConfigError for options that do not fit the model, CheckpointError where it is not whole, or

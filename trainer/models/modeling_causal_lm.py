@@ -20,9 +20,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .configuration_qwen import QWenConfig
-from .modeling_mqwen import GeneratesFromImages, ImagePlaceholder, MQWenLMHeadModel, embed, grow_placeholders
-from .modeling_qwen import QWenHead, default_positions, next_token_loss
-from .packed_attention import packed_attention
+from .modeling_mqwen import GeneratesFromImages, ImagePlaceholder, MQWenLMHeadModel, embed
+from .modeling_qwen import QWenHead, check_labels, default_positions, next_token_loss
+from .packed_attention import check_packed, packed_attention
 
 PACKED_SDPA = "mqwen_packed_sdpa"
 """Name, for Transformers, of the attention below."""
@@ -125,16 +125,12 @@ class CausalLMWithImages(GeneratesFromImages):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seq_lens_q is None
         if input_ids is not None and inputs_embeds is None:
-            if images is not None:
-                input_ids, attention_mask, labels = grow_placeholders(
-                    input_ids, images, self.image_placeholder, attention_mask, labels
-                )
-            inputs_embeds, attention_mask = embed(
-                input_ids, images, self.get_input_embeddings(), self.image_placeholder, attention_mask, past_key_values
-            )
+            inputs_embeds, attention_mask, labels = embed(
+                input_ids, images, self.get_input_embeddings(), self.image_placeholder, attention_mask, labels,
+                past_key_values,
+            )  # fmt: skip
         if cu_seq_lens_q is not None:
-            if use_cache or past_key_values is not None or attention_mask is not None or position_ids is None:
-                raise ValueError("packed documents (cu_seq_lens_q) need position_ids, no cache and no attention_mask")
+            check_packed(use_cache, past_key_values, attention_mask, position_ids)
             if self.config._attn_implementation != PACKED_SDPA:
                 raise ValueError("packed documents (cu_seq_lens_q) need the model loaded with its default attention")
             # A mask of four dimensions goes through Transformers as it is; SDPA would refuse its type, if an
@@ -153,8 +149,7 @@ class CausalLMWithImages(GeneratesFromImages):
         else:
             output = super().forward(**inputs, logits_to_keep=logits_to_keep, return_dict=True)  # type: ignore[misc]
             if labels is not None:
-                if labels.shape[1] != output.logits.shape[1]:
-                    raise ValueError(f"labels of {labels.shape[1]} positions for logits of {output.logits.shape[1]}")
+                check_labels(labels, output.logits.shape[1])
                 output.loss = next_token_loss(output.logits, labels, num_items_in_batch)
         return output if return_dict is not False else output.to_tuple()
 
@@ -164,8 +159,7 @@ class CausalLMWithImages(GeneratesFromImages):
             raise ValueError("loss_only needs labels")
         outputs = self.get_decoder()(**inputs, return_dict=True)
         hidden_states = outputs.last_hidden_state
-        if labels.shape[1] != hidden_states.shape[1]:
-            raise ValueError(f"labels of {labels.shape[1]} positions for logits of {hidden_states.shape[1]}")
+        check_labels(labels, hidden_states.shape[1])
         return CausalLMOutputWithPast(
             loss=self.get_output_embeddings()(hidden_states, labels, num_items_in_batch),
             past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,

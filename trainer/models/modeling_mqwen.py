@@ -122,9 +122,11 @@ def embed(
     embedding: torch.nn.Module,
     placeholder: ImagePlaceholder,
     attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
     past_key_values=None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Embeddings (B, T, D) with the features of `images` (N, P, D) in place of placeholders, and the attention mask.
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Embeddings (B, T, D) with the features of `images` (N, P, D) in place of placeholders; attention mask and labels,
+    grown with them.
 
     Raises ValueError, with both counts, where `images` and placeholders do not match, also when placeholders come
     without images; behind a cache (a word the model itself wrote) that is left alone.
@@ -134,11 +136,11 @@ def embed(
         images = torch.empty(0, placeholder.image_context_length, placeholder.image_feature_hidden_size)
         images = images.to(input_ids.device)
     if images is None:
-        return embedding(input_ids), attention_mask
-    input_ids, attention_mask, _ = grow_placeholders(input_ids, images, placeholder, attention_mask)
+        return embedding(input_ids), attention_mask, labels
+    input_ids, attention_mask, labels = grow_placeholders(input_ids, images, placeholder, attention_mask, labels)
     marks = (input_ids == placeholder.replace_token_id)[..., None]
     embeds = embedding(input_ids)
-    return embeds.masked_scatter(marks, images.to(embeds)), attention_mask
+    return embeds.masked_scatter(marks, images.to(embeds)), attention_mask, labels
 
 
 class MQWenModel(QWenModel):
@@ -153,8 +155,8 @@ class MQWenModel(QWenModel):
     ):
         """`QWenModel.forward`, with `images` (N, P, D): features already projected to the hidden size; see `embed`."""
         if input_ids is not None and inputs_embeds is None:
-            inputs_embeds, attention_mask = embed(
-                input_ids, images, self.wte, self.image_placeholder, attention_mask, past_key_values
+            inputs_embeds, attention_mask, _ = embed(
+                input_ids, images, self.wte, self.image_placeholder, attention_mask, past_key_values=past_key_values
             )
             input_ids = None
         return super().forward(
@@ -266,12 +268,14 @@ class MQWenLMHeadModel(GeneratesFromImages, QWenLMHeadModel):
         Where the sequence grows, logits are as long as the grown rows; `labels` and `attention_mask` may have the
         given or the grown length.
         """
-        if images is not None and input_ids is not None and inputs_embeds is None:
-            input_ids, attention_mask, labels = grow_placeholders(
-                input_ids, images, self.image_placeholder, attention_mask, labels
-            )
+        if input_ids is not None and inputs_embeds is None:
+            inputs_embeds, attention_mask, labels = embed(
+                input_ids, images, self.get_input_embeddings(), self.image_placeholder, attention_mask, labels,
+                past_key_values,
+            )  # fmt: skip
+            input_ids = None
         return super().forward(
-            input_ids=input_ids, images=images, past_key_values=past_key_values, attention_mask=attention_mask,
+            input_ids=input_ids, past_key_values=past_key_values, attention_mask=attention_mask,
             token_type_ids=token_type_ids, position_ids=position_ids, head_mask=head_mask,
             inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask, labels=labels, use_cache=use_cache,

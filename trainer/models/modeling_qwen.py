@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_qwen import QWenConfig
 from .linear_cross_entropy import linear_cross_entropy
-from .packed_attention import packed_attention
+from .packed_attention import check_packed, packed_attention
 
 
 class QWenRMSNorm(nn.Module):
@@ -232,8 +232,8 @@ class QWenModel(QWenPreTrainedModel):
         packed = cu_seq_lens_q is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not packed
-        if packed and (use_cache or past_key_values is not None or attention_mask is not None or position_ids is None):
-            raise ValueError("packed documents (cu_seq_lens_q) need position_ids, no cache and no attention_mask")
+        if packed:
+            check_packed(use_cache, past_key_values, attention_mask, position_ids)
 
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
@@ -313,6 +313,12 @@ class QWenHead(nn.Linear):
         return linear_cross_entropy(hidden_states, self.weight, labels, num_items)
 
 
+def check_labels(labels: torch.Tensor, length: int) -> None:
+    """Raises ValueError where labels (B, T) are for another number of positions."""
+    if labels.shape[1] != length:
+        raise ValueError(f"labels of {labels.shape[1]} positions for logits of {length}")
+
+
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: int | None = None) -> torch.Tensor:
     """Mean cross-entropy of logits (B, T, V) against labels (B, T), or their sum over `num_items`."""
     predictions, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
@@ -388,9 +394,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if labels is not None:
-            length = hidden_states.shape[1] if logits is None else logits.shape[1]
-            if labels.shape[1] != length:
-                raise ValueError(f"labels of {labels.shape[1]} positions for logits of {length}")
+            check_labels(labels, hidden_states.shape[1] if logits is None else logits.shape[1])
         if loss_only:
             loss = self.lm_head(hidden_states, labels, num_items_in_batch)
         elif labels is not None and logits is not None:

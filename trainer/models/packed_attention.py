@@ -15,6 +15,12 @@ except ImportError:
     varlen_attn = None  # type: ignore[assignment]
 
 
+def check_packed(use_cache, past_key_values, attention_mask, position_ids) -> None:
+    """Raises ValueError where a model is given what does not go with packed documents."""
+    if use_cache or past_key_values is not None or attention_mask is not None or position_ids is None:
+        raise ValueError("packed documents (cu_seq_lens_q) need position_ids, no cache and no attention_mask")
+
+
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 from .processing_mqwen_vl import chat_template
 
@@ -44,6 +44,14 @@ class _QWenConverter(TikTokenConverter):
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise ValueError(f"{tiktoken_url}: the ranks are not 0 to {len(ranks) - 1}, each once")
         return ranks
+
+
+def write_tiktoken(vocabulary: dict[str, int], file: Path) -> None:
+    """Writes the tokens of a byte-level BPE, by rank and without control tokens, as such a file."""
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    ranked = sorted(vocabulary.items(), key=lambda item: item[1])
+    lines = [base64.b64encode(bytes(byte_of[c] for c in token)).decode() + f" {rank}\n" for token, rank in ranked]
+    file.write_text("".join(lines))
 
 
 def build_tokenizer(vocabulary_file: str | Path) -> PreTrainedTokenizerFast:
