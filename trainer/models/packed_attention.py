@@ -3,7 +3,6 @@
 T tokens of all documents, H heads (of keys and values perhaps fewer, each for a group of queries), C channels a head.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,11 +43,11 @@ def packed_attention(
             **grouped,
         )  # fmt: skip
         return output.unsqueeze(0)  # type: ignore[union-attr]
+    lengths = cu_seq_lens.diff().tolist()
+    # Split, not sliced: the gradient of each slice would be as long as the row.
+    documents = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
-            dropout_p=dropout, is_causal=True, scale=scaling, **grouped,
-        )
-        for start, end in pairwise(cu_seq_lens.tolist())
-    ]  # fmt: skip
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, **grouped)
+        for q, k, v in documents
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
