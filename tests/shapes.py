@@ -67,12 +67,6 @@ def newer_model(dtype: torch.dtype = torch.float32, **settings: Any) -> MQWenFor
     return MQWenForConditionalGeneration(config).to(dtype).train()
 
 
-def recompute(model: MQWenForConditionalGeneration) -> None:
-    """Switches activation checkpointing on, as the engine does."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def full_model(size: str) -> MQWenForConditionalGeneration:
     """A published size with CLIP-ViT-L, on the meta device."""
     with torch.device("meta"):

@@ -7,10 +7,11 @@ expected is the formula's total and once more its attention.
 
 import pytest
 import torch
-from shapes import SIZES, add_lora, batch_of, full_model, newer_model, recompute, small_model
+from shapes import SIZES, add_lora, batch_of, full_model, newer_model, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.engine import checkpoint_activations
 from trainer.flops import BatchShape, step_flops
 from trainer.freeze import freeze
 
@@ -35,20 +36,20 @@ def counted(model, inputs) -> float:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("every", [0, 1, 3], ids=["kept", "recomputed", "a third recomputed"])
 @pytest.mark.parametrize("name", FROZEN)
-def test_flops_are_those_that_are_counted(name, checkpointing, packed):
+def test_flops_are_those_that_are_counted(name, every, packed):
     model = small_model()
     add_lora(model, name)
     freeze(model, FROZEN[name])
-    if checkpointing:
-        recompute(model)
+    checkpoint_activations(model, every)
     inputs, shape = batch_of(model, packed)
     found = counted(model, inputs)
-    expected = step_flops(model, shape, checkpointing)
-    # A recomputation does the whole square too.
-    squares = 2 * SIZES["hidden_size"] * shape.squares * SIZES["num_hidden_layers"]
-    again = squares if checkpointing else 0
+    expected = step_flops(model, shape, every)
+    # A recomputation does the whole square too. Layers under the lowest trained one have no backward pass.
+    layers = range(SIZES["num_hidden_layers"])[2 if name == "upper layers" else 4 if name == "the head alone" else 0 :]
+    recomputed = sum(every > 0 and layer % every == 0 for layer in layers)
+    again = recomputed * 2 * SIZES["hidden_size"] * shape.squares
     assert found == pytest.approx(expected.total + expected.attention + expected.recomputed + again, rel=0.01)
 
 

@@ -107,6 +107,22 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not(full_run):
     assert 0 < planned.fitting(planned.own, False, room) < planned.fitting(planned.own, True, room) == 16
 
 
+@pytest.mark.parametrize("gib", [12, 16, 18, 20, 24, 80])
+def test_auto_recomputes_in_as_few_layers_as_the_gpu_asks_for(full_run, gib):
+    planned = make_plan(Config.load(full_run("Qwen-1.8B", "stage1"), world_size=8, needs_data=False), 8)
+    assert planned.config.model.activation_checkpointing == "auto"
+    room, states = usable(gib * 2**30), planned.own.sharding.states()
+    batch = planned.rows.largest_batch(planned.config)
+    taken = {every: states.total(activation_bytes(planned.model, batch, every)) for every in (0, *range(8, 0, -1))}
+    fitting = [every for every, total in taken.items() if total <= room]
+    assert planned.recompute_every(room) == (fitting[0] if fitting else 1)
+    # 8 rows of 1,024 tokens keep 74 KB in each of 24 layers: 14.5 GB, beside 5.4 GB of weights and what else there is.
+    every = planned.recompute_every(room)
+    assert (every == 0) == (gib > 20), taken
+    assert (every == 1) == (gib < 15), taken
+    assert list(taken.values()) == sorted(taken.values(), reverse=True)
+
+
 def test_what_is_recommended_fits_by_its_own_account(full_run, planned):
     file = full_run("Qwen-7B", "stage2")
     asked = ["--config", str(file), "--world-size", "8", "--gpu-memory", "20GiB"]

@@ -19,6 +19,7 @@ from trainer.flops import (
     Layer,
     adapter_of,
     decoder_of,
+    is_recomputed,
     layers_read,
     norms_before,
     tower_layer,
@@ -60,31 +61,32 @@ class Activations:
         return self.saved + self.loss + self.working
 
 
-def activation_bytes(
-    model: MQWenForConditionalGeneration, shape: BatchShape, checkpointing: bool = False
-) -> Activations:
-    """What a batch of this shape takes. model: with what is frozen marked, in the type it trains in; may be on meta."""
+def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, recompute_every: int = 0) -> Activations:
+    """What a batch of this shape takes.
+
+    model: with what is frozen marked, in the type it trains in; may be on meta. recompute_every: of `is_recomputed`.
+    """
     size = model.multi_modal_projector.linear_1.weight.element_size()
     images = max(1.0, shape.images)  # without an image a blank one is computed
-    tower, of_tower_layer = _tower(model, images, size, checkpointing)
+    tower, of_tower_layer = _tower(model, images, size, recompute_every)
     projector = _projector(model, images, size)
     text, config = decoder_of(model), model.config.text_config
     head, embedding = text.head, text.embedding
     width, vocabulary = head.in_features, head.out_features
-    reached = trains(model.vision_tower, model.multi_modal_projector, embedding) or checkpointing
+    reached = trains(model.vision_tower, model.multi_modal_projector, embedding)
 
     saved = shape.tokens * (8 * trains(embedding) + 1)  # the ids to look up, and where the images go
     # Cosines and sines, the same in all layers: Qwen v1 keeps them in fp32.
     heads, angle_size = config.num_attention_heads, FP32 if isinstance(config, QWenConfig) else size
     saved += 2 * angle_size * (text.layers[0].channels // heads) * shape.width
-    layers = []
-    for layer in text.layers:
-        layers.append(shape.tokens * _decoder_layer(layer, heads, size, reached, shape.packed))
+    recomputed = [of_tower_layer]
+    for number, layer in enumerate(text.layers):
+        of_layer = shape.tokens * _decoder_layer(layer, heads, size, reached, shape.packed)
+        if is_recomputed(number, recompute_every):
+            recomputed.append(of_layer)
+            of_layer = shape.tokens * size * width * (reached or layer.trains)  # its input
+        saved += of_layer
         reached = reached or layer.trains
-    if checkpointing:  # the layers' inputs; and a frozen embedding's output, which is made to want a gradient
-        saved += shape.tokens * size * width * (len(layers) + (not trains(embedding)))
-    else:
-        saved += sum(layers)
     saved += shape.tokens * _rms_norm(text.norm, size, reached)
     reached = reached or trains(text.norm)
 
@@ -94,7 +96,7 @@ def activation_bytes(
     return Activations(
         saved=tower + projector + saved,
         loss=size * shape.supervised * width * reached + 8 * shape.supervised + size * head_values,
-        recomputed=max(of_tower_layer, *layers) if checkpointing else 0.0,
+        recomputed=max(recomputed),
         logits=2 * FP32 * chunk + (FP32 + size) * head_values,
         norm=5 * FP32 * shape.tokens * width * reached,
         # Of three branches; but what the last product of a trained one keeps is gone by then.
@@ -159,26 +161,28 @@ def _tower_layer(layer: Layer, heads: int, size: int, reached: bool, kept: int) 
     return saved + size * mlp * (kept * narrow + trains(layer.narrow))
 
 
-def _tower(model: MQWenForConditionalGeneration, images: float, size: int, checkpointing: bool) -> tuple[float, float]:
+def _tower(model: MQWenForConditionalGeneration, images: float, size: int, recompute_every: int) -> tuple[float, float]:
     """Bytes that the tower keeps, and those of a layer that is recomputed. A frozen tower keeps nothing."""
     tower, config = model.vision_tower, model.config.vision_config
     if not trains(tower):
         return 0.0, 0.0
     positions = images * tower_positions(model)
     saved = images * 3 * config.image_size**2 * size * trains(tower.embeddings.patch_embedding)
-    reached = trains(tower.embeddings) or checkpointing
+    reached = trains(tower.embeddings)
     for norm in norms_before(tower):
         saved += positions * _layer_norm(norm, size, reached)
         reached = reached or trains(norm)
-    layers, kept = [], 2 if config.hidden_act == "quick_gelu" else 1  # quick GELU is a product of two
-    for layer in map(tower_layer, tower.encoder.layers[: layers_read(model)]):
-        layers.append(positions * _tower_layer(layer, config.num_attention_heads, size, reached, kept))
+    recomputed, kept = 0.0, 2 if config.hidden_act == "quick_gelu" else 1  # quick GELU is a product of two
+    for number, layer in enumerate(map(tower_layer, tower.encoder.layers[: layers_read(model)])):
+        of_layer = positions * _tower_layer(layer, config.num_attention_heads, size, reached, kept)
+        if is_recomputed(number, recompute_every):
+            recomputed = max(recomputed, of_layer)
+            of_layer = positions * size * config.hidden_size * (reached or layer.trains)
+        saved += of_layer
         reached = reached or layer.trains
     if config.model_type == "siglip_vision_model" and model.config.vision_feature_layer == -1:
         saved += positions * _layer_norm(tower.post_layernorm, size, reached)  # CLIP's is for its class token alone
-    if checkpointing:
-        return saved + positions * size * config.hidden_size * len(layers), max(layers, default=0.0)
-    return saved + sum(layers), 0.0
+    return saved, recomputed
 
 
 def _projector(model: MQWenForConditionalGeneration, images: float, size: int) -> float:

@@ -49,8 +49,9 @@ class ModelConfig:
     or -1."""
     image_aspect: Literal["crop", "pad", "squash"] | None = None
     """How pictures become square. Default: the earlier stage's, or crop, for SigLIP squash."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | int | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, up to a third more time. true: in all layers; a number
+    k: in every k-th; auto: in as few as the GPU's memory asks for, on a CPU in none."""
 
 
 @dataclass

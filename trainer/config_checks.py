@@ -29,6 +29,12 @@ def _check_model(model: "ModelConfig") -> list[str]:
             errors.append("model: give either init_from or language_model and vision_tower, not both")
     else:
         errors += [f"model.{name}: missing; or give model.init_from" for name, folder in parts.items() if not folder]
+    every = model.activation_checkpointing
+    if every != "auto" and not isinstance(every, bool) and every < 1:
+        errors.append(
+            f"model.activation_checkpointing: {every}: expected true, false, auto, or a number k above 0, "
+            f"for every k-th layer"
+        )
     folders = {**parts, "init_from": model.init_from, "tokenizer": model.tokenizer}
     for name, folder in folders.items():
         if folder and not Path(folder).is_dir():

@@ -1,17 +1,21 @@
 """The DeepSpeed engine: ZeRO, precision, accumulation and clipping around model and optimizer."""
 
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import deepspeed_json
 from trainer.config import Config
 from trainer.dist import World
 from trainer.engine_files import RecordingCheckpointEngine
 from trainer.errors import ConfigError
+from trainer.flops import is_recomputed
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.paths import find_deepspeed
 
@@ -27,16 +31,14 @@ def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
     return settings
 
 
-def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def build_engine(
+    model: PreTrainedModel, config: Config, settings: dict[str, Any], recompute_every: int = 0
+) -> deepspeed.DeepSpeedEngine:
     """Wraps a model whose frozen parameters are already marked: what trains is settled here for the engine's life.
 
-    settings: of `deepspeed_settings`.
+    settings: of `deepspeed_settings`. recompute_every: of `checkpoint_activations`.
     """
-    if config.model.activation_checkpointing:
-        # Non-reentrant: the reentrant kind finds no gradient where a layer's input needs none.
-        # (Transformers 5.17 knows the method by its older name.)
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    checkpoint_activations(model, recompute_every)
     groups = parameter_groups(model, config.optim)
     optimizer = build_optimizer(groups, config.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -44,6 +46,25 @@ def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any
     # It would put scripts into each checkpoint, which is data, and on a full disk fail on rank 0 alone.
     engine._copy_recovery_script = lambda _folder: None
     return engine
+
+
+def checkpoint_activations(model: Any, every: int) -> None:
+    """Has every so-manieth layer of tower and language model recompute its activations in the backward pass; 0: none.
+
+    Not by the switch of Transformers, which makes the outputs of all embeddings want a gradient: it would run through
+    frozen layers to the first. The non-reentrant kind does without. Layers with nothing to train at or before them keep
+    nothing anyway.
+    """
+    has_backward = False
+    for part in (model.vision_tower, model.multi_modal_projector, model.language_model):
+        number = 0
+        for module in part.modules():  # in the order in which they compute
+            is_layer = isinstance(module, GradientCheckpointingLayer)
+            has_backward |= any(p.requires_grad for p in module.parameters(recurse=is_layer))
+            if is_layer:
+                module.gradient_checkpointing = has_backward and is_recomputed(number, every)
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                number += 1
 
 
 def full_weights(engine: deepspeed.DeepSpeedEngine, trained: bool) -> dict[str, torch.Tensor]:

@@ -86,6 +86,11 @@ def trains(*modules: nn.Module) -> bool:
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
+def is_recomputed(layer: int, every: int) -> bool:
+    """Whether activation checkpointing of every so-manieth layer (0: of none) recomputes the one of this number."""
+    return every > 0 and layer % every == 0
+
+
 def layers_read(model: MQWenForConditionalGeneration) -> int:
     """Layers of the tower whose output reaches the projector: gradients enter the tower behind the last of them."""
     layer, layers = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
@@ -182,29 +187,29 @@ def tower_layer(layer: Any) -> Layer:
     return Layer(layer.layer_norm1, projections, attn.out_proj, layer.layer_norm2, [mlp.fc1], mlp.fc2)
 
 
-def step_flops(model: MQWenForConditionalGeneration, shape: BatchShape, checkpointing: bool = False) -> Flops:
+def step_flops(model: MQWenForConditionalGeneration, shape: BatchShape, recompute_every: int = 0) -> Flops:
     """Operations of one forward and backward pass over a batch of this shape.
 
-    model: with what is frozen marked; it may be on the meta device. checkpointing: activations are recomputed, and
-    Transformers then has every embedding's output want a gradient: it runs through frozen layers to the first.
+    model: with what is frozen marked; it may be on the meta device. recompute_every: of `is_recomputed`.
     """
     images = max(1.0, shape.images)  # without an image a blank one is computed
-    tower, recomputed = _tower(model, images, checkpointing)
+    tower, recomputed = _tower(model, images, recompute_every)
     projector, patches = model.multi_modal_projector, images * model.config.image_context_length
     reached = trains(model.vision_tower)
     projected = _linear(projector.linear_1, patches, reached)
     projected += _linear(projector.linear_2, patches, reached or trains(projector.linear_1))
 
     text = decoder_of(model)
-    reached = reached or trains(projector, text.embedding) or checkpointing
+    reached = reached or trains(projector, text.embedding)
     linear = attention = 0.0
-    for layer in text.layers:
+    for number, layer in enumerate(text.layers):
         square = 2 * layer.channels * shape.squares
         of_linear, of_attention, again = _layer(layer, shape.tokens, square, reached)
-        linear, attention, recomputed = linear + of_linear, attention + of_attention, recomputed + again
+        linear, attention = linear + of_linear, attention + of_attention
+        recomputed += again * is_recomputed(number, recompute_every)
         reached = reached or layer.trains
     head = _linear(text.head, shape.supervised, reached or trains(text.norm))
-    return Flops(tower, projected, linear, attention, head, recomputed * checkpointing)
+    return Flops(tower, projected, linear, attention, head, recomputed)
 
 
 def tower_positions(model: MQWenForConditionalGeneration) -> int:
@@ -217,7 +222,7 @@ def norms_before(tower: Any) -> list[Any]:
     return [tower.pre_layrnorm] if hasattr(tower, "pre_layrnorm") else []
 
 
-def _tower(model: MQWenForConditionalGeneration, images: float, checkpointing: bool) -> tuple[float, float]:
+def _tower(model: MQWenForConditionalGeneration, images: float, recompute_every: int) -> tuple[float, float]:
     """Operations of the tower, and those of a recomputation."""
     config, tower = model.config.vision_config, model.vision_tower
     patches = model.config.image_context_length
@@ -225,14 +230,14 @@ def _tower(model: MQWenForConditionalGeneration, images: float, checkpointing: b
     positions = images * places
     convolution = 2 * images * patches * 3 * config.patch_size**2 * config.hidden_size
     total, recomputed = convolution * (1 + trains(tower.embeddings.patch_embedding)), 0.0
-    reached = trains(tower.embeddings, *norms_before(tower)) or (checkpointing and trains(tower))
+    reached = trains(tower.embeddings, *norms_before(tower))
     for number, layer in enumerate(map(tower_layer, tower.encoder.layers)):
         square = 4 * layer.channels * places * positions  # every patch sees every other
         if number >= layers_read(model):  # what lies behind the feature layer gets no gradient
             total += square + _forward([*layer.projections, layer.output, *layer.wide, layer.narrow], positions)
             continue
         linear, attention, again = _layer(layer, positions, square, reached)
-        total, recomputed = total + linear + attention, recomputed + again
+        total, recomputed = total + linear + attention, recomputed + again * is_recomputed(number, recompute_every)
         reached = reached or layer.trains
     return total, recomputed
 

@@ -48,6 +48,8 @@ class Measured:
     micro_batches: int
     shape: BatchShape
     """Of one of its micro-batches."""
+    recompute_every: int
+    """Layers whose activations were recomputed, as in `is_recomputed`."""
 
 
 def measure(config: Config, world: World) -> Measured:
@@ -90,7 +92,7 @@ def _measure(state: TrainState, accumulation: int) -> Measured:
             train_step(state, iter(batches))
         peak = live.peak
     most = Held(found[-1].weights, max(moment.gradients for moment in found), held(engine).optimizer)
-    return Measured(most, peak, seconds, accumulation, shape_of(batches[0]))
+    return Measured(most, peak, seconds, accumulation, shape_of(batches[0]), state.recompute_every)
 
 
 def largest_rows(state: TrainState) -> list[Row]:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.config import Config, ShardsConfig
+from trainer.data.lengths import Lengths
 from trainer.data.order import Row, Stream, group_by_length
+from trainer.data.plan import NamedSource
 from trainer.data.reader import ShardReader
 from trainer.data.template import ChatTemplate
 from trainer.errors import BadSample, DataError
@@ -41,6 +43,15 @@ class Rows:
     """Steps of the run, where they are known."""
     known: list[str]
     """What this was found out from, in words."""
+
+    def largest_batch(self, config: Config) -> BatchShape:
+        """A micro-batch of the widest rows, as many as are set; of a budget of tokens, as many as it holds."""
+        return self.widest * self.micro_rows(config)
+
+    def micro_rows(self, config: Config) -> float:
+        """Rows of that micro-batch."""
+        tokens = config.train.micro_batch_tokens
+        return config.train.micro_batch_size if tokens is None else tokens / self.widest.tokens
 
 
 def missing_shards(sources: list[ShardsConfig]) -> list[str]:
@@ -84,11 +95,20 @@ def open_rows(config: Config, template: ChatTemplate) -> Rows:
         lengths = open_lengths(config, reader, template)
         if lengths is not None:
             lengths.build()
-        stream = open_stream(config, sources, lengths)
-        found = _look_at(config, stream, reader, template)
-        longest = config.data.max_length
-        if lengths is not None and not config.data.packing:
-            longest = min(longest, max(int(lengths.of(i).max(initial=1)) for i in range(len(reader.shards))))
+        rows = stream_rows(config, sources, open_stream(config, sources, lengths), reader, template, lengths)
+    left_out = [f"left out: data.eval, for '{pattern}' matches no file here" for pattern in missing]
+    return replace(rows, known=rows.known + left_out)
+
+
+def stream_rows(
+    config: Config, sources: list[NamedSource], stream: Stream, reader: ShardReader, template: ChatTemplate,
+    lengths: Lengths | None,
+) -> Rows:  # fmt: skip
+    """The rows of an opened stream. Raises DataError where none of the first can be used."""
+    found = _look_at(config, stream, reader, template)
+    longest = config.data.max_length
+    if lengths is not None and not config.data.packing:
+        longest = min(longest, max(int(lengths.of(i).max(initial=1)) for i in range(len(reader.shards))))
     if not found:
         raise DataError(
             "none of the first samples of data.train can be used: `launch/prepare_shards.py verify` says why"
@@ -99,7 +119,6 @@ def open_rows(config: Config, template: ChatTemplate) -> Rows:
     known = [describe_stream(sources, stream)]
     known += [f"averages of the first {len(found):,} rows: {mean.tokens:,.0f} tokens, {mean.supervised:,.0f} of them "
               f"learnt, {mean.images:.2g} pictures"]  # fmt: skip
-    known += [f"left out: data.eval, for '{pattern}' matches no file here" for pattern in missing]
     return Rows(
         BatchShape(longest, longest**2, images, max(text, mean.supervised), config.data.packing), mean,
         _padding(config, found), stream.sources[0].order.epoch_size if len(stream.sources) == 1 else None,

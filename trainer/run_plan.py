@@ -23,9 +23,11 @@ from trainer.memory import (
     FRAGMENTATION,
     Option,
     checkpoint_bytes,
+    in_words,
     largest_batch,
     most_checkpoints,
     options,
+    recompute_every,
     usable,
 )
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
@@ -64,16 +66,23 @@ class Plan:
 
     @property
     def micro_rows(self) -> float:
-        """Rows of a micro-batch as it is set; of a budget of tokens as many of the widest as it holds."""
-        tokens = self.config.train.micro_batch_tokens
-        return self.config.train.micro_batch_size if tokens is None else tokens / self.rows.widest.tokens
+        """Rows of a micro-batch as it is set."""
+        return self.rows.micro_rows(self.config)
 
-    def fitting(self, option: Option, checkpointing: bool, room: float) -> int:
+    def recompute_every(self, room: float) -> int:
+        """Layers whose activations training recomputes on a GPU with so many bytes for tensors: as set, or chosen."""
+        every = self.config.model.activation_checkpointing
+        if every != "auto":
+            return int(every)
+        assert self.own.sharding is not None
+        return recompute_every(self.model, self.own.sharding.states(), self.rows.largest_batch(self.config), room)
+
+    def fitting(self, option: Option, every: int, room: float) -> int:
         """Rows of the largest micro-batch in so many bytes."""
         if option.sharding is None:
             return 0
         states, widest = option.sharding.states(), self.rows.widest
-        return largest_batch(self.model, states, widest, checkpointing, room, self.rank_rows)
+        return largest_batch(self.model, states, widest, every, room, self.rank_rows)
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
@@ -101,7 +110,7 @@ def report(plan: Plan, gpu_memory: float, mfu: float, peak: float) -> str:
         "data": _data(plan),
         "model": table(plan.model).splitlines(),
         "memory": _memory(plan, gpu_memory),
-        "time": _time(plan, mfu, peak),
+        "time": _time(plan, gpu_memory, mfu, peak),
         "disk": _disk(plan),
         "recommended": _recommended(plan, gpu_memory),
     }
@@ -131,9 +140,9 @@ def _data(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan, gpu_memory: float) -> list[str]:
-    checkpointing, room = plan.config.model.activation_checkpointing, usable(gpu_memory)
-    tokens = plan.rows.widest.tokens
-    activations = activation_bytes(plan.model, plan.rows.widest * plan.micro_rows, checkpointing)
+    room = usable(gpu_memory)
+    every, tokens = plan.recompute_every(room), plan.rows.widest.tokens
+    activations = activation_bytes(plan.model, plan.rows.largest_batch(plan.config), every)
     of_batch = (activations.saved, activations.loss, activations.working)
     bytes_of = [(option, option.sharding.states()) for option in plan.options if option.sharding]
     largest = max(states.total(activations) for _, states in bytes_of)
@@ -141,7 +150,7 @@ def _memory(plan: Plan, gpu_memory: float) -> list[str]:
     columns = ("weights", "grads", "AdamW", "buffers", "activ.", "loss", "working", "total", "host", "kept", "recomp.")
     lines = [
         f"{name} a rank, micro-batches of {plan.micro_rows:,.4g} x {tokens:,} tokens, activations "
-        f"{'recomputed' if checkpointing else 'kept'}; on the right the largest micro-batch",
+        f"{in_words(every)}; on the right the largest micro-batch",
         f"on a GPU of {size(gpu_memory)}, less {FRAGMENTATION:.0%} for fragmentation and {size(CONTEXT_BYTES)} for "
         f"CUDA's context (both assumed),",
         f"out of the {plan.rank_rows:,} rows of a rank in a step, with activations kept and recomputed",
@@ -150,7 +159,7 @@ def _memory(plan: Plan, gpu_memory: float) -> list[str]:
     for option, states in bytes_of:
         of_rank = (states.weights, states.gradients, states.optimizer, states.buffers)
         figures = (*of_rank, *of_batch, states.total(activations), states.host)
-        fitting = [plan.fitting(option, recomputed, room) for recomputed in (False, True)]
+        fitting = [plan.fitting(option, recomputed, room) for recomputed in (0, 1)]
         lines.append(
             f"{'*' if option.own else ' '} {option.name:16}"
             + "".join(f"{n / unit:9,.2f}" for n in figures) + "".join(f"{n:9,}" for n in fitting)
@@ -164,10 +173,10 @@ def _memory(plan: Plan, gpu_memory: float) -> list[str]:
     return lines
 
 
-def _time(plan: Plan, mfu: float, peak: float) -> list[str]:
+def _time(plan: Plan, gpu_memory: float, mfu: float, peak: float) -> list[str]:
     config, rows = plan.config, plan.rows
     batch = config.train.global_batch_size
-    work = step_flops(plan.model, rows.mean * batch, config.model.activation_checkpointing)
+    work = step_flops(plan.model, rows.mean * batch, plan.recompute_every(usable(gpu_memory)))
     seconds = work.total / (mfu * peak * plan.world_size)
     hfu = mfu * (work.total + work.recomputed) / work.total
     shares = {"tower": work.tower, "projector": work.projector, "linear layers": work.linear,
@@ -216,12 +225,12 @@ def _disk(plan: Plan) -> list[str]:
 def _recommended(plan: Plan, gpu_memory: float) -> list[str]:
     """Whether the run fits as it is set, and what would be fastest: the fewest words over the network and the least
     work twice, as long as micro-batches are of a size."""
-    room, checkpointing, own = usable(gpu_memory), plan.config.model.activation_checkpointing, plan.own
-    fits = plan.fitting(own, checkpointing, room) >= plan.micro_rows
+    room, own = usable(gpu_memory), plan.own
+    fits = plan.fitting(own, plan.recompute_every(room), room) >= plan.micro_rows
     lines = [f"as configured it {'fits' if fits else 'does NOT fit'}"]
     by_name = {option.name: option for option in plan.options if option.file and option.sharding}
-    order = [("ZeRO-2", False), ("ZeRO-3", False), ("ZeRO-2", True), ("ZeRO-3", True), ("ZeRO-3, offload", True)]
-    best: tuple[int, Option, bool] | None = None
+    order = [("ZeRO-2", 0), ("ZeRO-3", 0), ("ZeRO-2", 1), ("ZeRO-3", 1), ("ZeRO-3, offload", 1)]
+    best: tuple[int, Option, int] | None = None
     for name, recomputed in order:
         option = by_name[name]
         rows = _divisor(plan.rank_rows, plan.fitting(option, recomputed, room))
@@ -235,17 +244,20 @@ def _recommended(plan: Plan, gpu_memory: float) -> list[str]:
     batch = f"train.micro_batch_size={rows}"
     if plan.config.train.micro_batch_tokens is not None:
         batch = f"train.micro_batch_tokens={int(rows * plan.rows.widest.tokens)}"
-    return [*lines, f"--set deepspeed={option.file} model.activation_checkpointing={str(recomputed).lower()} {batch}"]
+    return [
+        *lines,
+        f"--set deepspeed={option.file} model.activation_checkpointing={str(bool(recomputed)).lower()} {batch}",
+    ]
 
 
 def compared(plan: Plan, measured: "Measured") -> str:
     """What was planned for the measured batch, beside what was measured. plan: for the ranks that measured it."""
     assert plan.own.sharding is not None
-    checkpointing, states, held = plan.config.model.activation_checkpointing, plan.own.sharding.states(), measured.held
-    peak = states.total(activation_bytes(plan.model, measured.shape, checkpointing))
+    every, states, held = measured.recompute_every, plan.own.sharding.states(), measured.held
+    peak = states.total(activation_bytes(plan.model, measured.shape, every))
     if not torch.cuda.is_available():
         peak += states.host  # all is in one memory
-    work = step_flops(plan.model, measured.shape * measured.micro_batches, checkpointing)
+    work = step_flops(plan.model, measured.shape * measured.micro_batches, every)
     of_parts = [("weights", states.weights, held.weights), ("gradients", states.gradients, held.gradients),
                 ("AdamW", states.optimizer, held.optimizer)]  # fmt: skip
     if plan.own.sharding.offloads:  # then what is where is not told apart

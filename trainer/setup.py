@@ -33,9 +33,10 @@ from trainer.freeze import describe_trained, freeze, table
 from trainer.guard import StepGuard
 from trainer.ledger import Ledger
 from trainer.load import check_handover, image_transform, load_model
-from trainer.memory import Sharding, checkpoint_bytes
+from trainer.memory import Sharding, checkpoint_bytes, in_words, recompute_every, usable
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.preflight import check_disk
+from trainer.rows import stream_rows
 from trainer.run_lock import RunLock
 from trainer.saving import Saver
 from trainer.stopping import StopRequest
@@ -61,6 +62,8 @@ class TrainState:
     run: checkpoint.RunState
     saver: Saver
     last_step: int
+    recompute_every: int = 0
+    """Layers whose activations are recomputed, as in `is_recomputed`."""
     step: int = 0
     """Optimizer steps done."""
     evaluation_due: bool = False
@@ -162,12 +165,22 @@ def setup(
     )  # fmt: skip
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
     steps = last_step(config, stream)
+    sharding = Sharding.of(model, config.optim, settings, world.world_size)
     if saves and run.step < steps:
-        sizes = checkpoint_bytes(Sharding.of(model, config.optim, settings, world.world_size))
-        on_main_rank(world, lambda: check_disk(config, steps, sizes, resumed_from))
+        on_main_rank(world, lambda: check_disk(config, steps, checkpoint_bytes(sharding), resumed_from))
+
+    def choose() -> int:
+        rows = stream_rows(config, sources, stream, reader, template, lengths)
+        room = usable(torch.cuda.get_device_properties(world.device).total_memory)
+        return recompute_every(model, sharding.states(), rows.largest_batch(config), room)
+
+    every = config.model.activation_checkpointing
+    if every == "auto":
+        every = on_main_rank(world, choose) if world.device.type == "cuda" else 0
+        log.info("activations are %s (model.activation_checkpointing: auto)", in_words(every))
 
     card = ModelCard.of(config, model)  # before ZeRO-3 cuts the parameters that it counts
-    engine = build_engine(model, config, settings)
+    engine = build_engine(model, config, settings, int(every))
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
@@ -181,7 +194,8 @@ def setup(
         train_data=ShardDataset(reader, template, transform, data.max_length, data.packing),
         eval_data=ShardDataset(held_out_reader, template, transform, data.max_length) if held_out else None,
         sources=sources, stream=stream, lengths=lengths, geometry=geometry, saver=saver,
-        run=dataclasses.replace(run, frozen=saver.frozen.fingerprint), last_step=steps, step=run.step,
+        run=dataclasses.replace(run, frozen=saver.frozen.fingerprint), last_step=steps,
+        recompute_every=int(every), step=run.step,
         evaluation_due=run.evaluation_due and bool(held_out and config.eval.every_steps),
         saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from trainer.engine import checkpoint_activations
 from trainer.models.configuration_mqwen_vl import MQWenVLConfig
 from trainer.models.modeling_causal_lm import language_model_class
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
@@ -104,11 +105,9 @@ def test_loss_and_gradients_are_those_of_the_original_class(model, original):
 def test_recomputed_activations_give_the_same_gradients(model):
     (ids,), pixels = rows(12), torch.randn(1, 3, 16, 16)
     gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            assert all(layer.gradient_checkpointing for layer in model.language_model.model.layers)
+    for every in (0, 1):
+        checkpoint_activations(model, every)
+        assert all(layer.gradient_checkpointing == bool(every) for layer in model.language_model.model.layers)
         model.train().zero_grad()
         model(ids[None], pixels, labels=ids[None], loss_only=True).loss.backward()
         gradients.append([p.grad.clone() for p in model.language_model.parameters()])
