@@ -20,9 +20,6 @@ from trainer.config import Config
 from trainer.dist import distributed, log, world_from_environment
 from trainer.errors import ConfigError, run_main
 
-PEAK_TFLOPS = {True: 989.0, False: 67.0}
-"""Of one H100 SXM in bf16 (dense) and in fp32, by train.bf16. (source: NVIDIA's data sheet)"""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,10 +46,11 @@ def main() -> None:
     log.setLevel(logging.WARNING)
 
     from trainer.memory import parse_bytes  # slow to import, for DeepSpeed
+    from trainer.meters import peak_flops
     from trainer.run_plan import compared, make_plan, report
 
     gpu_memory = parse_bytes("--gpu-memory", args.gpu_memory)
-    peak = (args.peak_tflops or PEAK_TFLOPS[config.train.bf16]) * 1e12
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops("H100", config.train.bf16)
     if world.is_main:
         print(report(make_plan(config, world_size), gpu_memory, args.mfu, peak), flush=True)
     if args.measure:

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+TIMINGS = ("step_time", "data_time", "forward_time", "backward_time", "optimizer_time", "tflops", "mfu", "hfu")
+"""Keys of a line of metrics.jsonl in which equal runs differ."""
+
 
 def free_port() -> int:
     with socket.socket() as probe:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import TIMINGS, run_ranks
 from safetensors.torch import load_file, save_file
 from shapes import batch_of, small_model
 
@@ -190,7 +190,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def lines(folder: Path) -> list[dict]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("step_time", "data_time")} for line in found]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in found]
 
 
 STAGES = pytest.mark.parametrize("stage", ["zero2", "zero3"])

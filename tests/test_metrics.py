@@ -21,7 +21,8 @@ def line(step: int, **changes) -> dict:
         "step": step, "epoch": step / 10, "loss": 100.0 + step, "grad_norm": 0.5,
         "learning_rate": {"projector": 1e-3, "language_model": 2e-5}, "supervised_tokens": 30, "tokens": 60,
         "images": 6, "truncated_samples": 2, "truncated_tokens": 40, "bad_samples": 1, "skipped_steps": 0,
-        "step_time": 1.5, "data_time": 0.25, **changes,
+        "step_time": 1.5, "data_time": 0.25, "forward_time": 0.5, "backward_time": 0.6, "optimizer_time": 0.1,
+        "tflops": 0.3, "mfu": 0.25, "hfu": None, **changes,
     }  # fmt: skip
 
 
@@ -54,6 +55,12 @@ def test_every_step_has_its_line_and_its_points(tmp_path):
     # 60 tokens and 6 images in 1.5 s
     assert found["train/tokens_per_second"][0] == (1, 40.0)
     assert found["train/images_per_second"][0] == (1, 4.0)
+    assert found["train/supervised_tokens_per_second"][0] == (1, 20.0)
+    assert [
+        found[f"train/share/{part}"][0][1] for part in ("data", "forward", "backward", "optimizer")
+    ] == pytest.approx([1 / 6, 1 / 3, 0.4, 1 / 15])
+    assert found["train/mfu"][0] == (1, 0.25)
+    assert "train/hfu" not in found  # of a device whose peak is not known
     assert found["train/data_wait_seconds"][0] == (1, 0.25)
     assert found["train/truncated_samples"][0] == (1, 2.0)
     assert found["train/bad_samples"][0] == (1, 1.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tiny_shards
-from ranks import run_ranks
+from ranks import TIMINGS, run_ranks
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -53,7 +53,7 @@ def exported(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def lines(folder: Path) -> list[dict]:
-    ignored = ("step_time", "data_time")
+    ignored = TIMINGS
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ignored} for line in found]
 

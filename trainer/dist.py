@@ -195,6 +195,14 @@ def check_same(what: str, value: str) -> None:
         )
 
 
+def ask_ranks(flag: bool, device: torch.device) -> torch.Tensor:
+    """Asks whether any rank has a flag up: above 0 where one has. The answer is on its way: to look at it waits for it.
+    All ranks call this."""
+    asked = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(asked)
+    return asked
+
+
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sums over all ranks, in fp64."""
     total = torch.tensor(values, dtype=torch.float64, device=device)

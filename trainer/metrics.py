@@ -23,6 +23,9 @@ from trainer.guard import LOSS_SPIKE, NOT_FINITE
 
 GIB = 2**30
 
+PARTS = ("data", "forward", "backward", "optimizer")
+"""Of a step whose share of its time is shown."""
+
 
 class Recorder:
     """Writes what a step measured to every place where people look."""
@@ -55,26 +58,27 @@ class Recorder:
         self._bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
         if step % self.every_steps and step not in (1, self.last_step):
             return
-        points = {
+        seconds = line["step_time"]
+        points: dict[str, float | None] = {
             "loss": line["loss"], "grad_norm": line["grad_norm"], "epoch": line["epoch"],
-            "tokens_per_second": line["tokens"] / line["step_time"],
-            "images_per_second": line["images"] / line["step_time"],
-            "data_wait_seconds": line["data_time"], "step_seconds": line["step_time"],
-            "memory_gib": peak_memory() / GIB, "skipped_steps": line["skipped_steps"],
-            "truncated_samples": line["truncated_samples"], "bad_samples": line["bad_samples"],
+            "data_wait_seconds": line["data_time"], "step_seconds": seconds, "memory_gib": peak_memory() / GIB,
+            **{f"{what}_per_second": line[what] / seconds for what in ("tokens", "supervised_tokens", "images")},
+            **{f"share/{part}": line[f"{part}_time"] / seconds for part in PARTS},
+            **{name: line[name] for name in ("tflops", "mfu", "hfu")},
+            **{name: line[name] for name in ("skipped_steps", "truncated_samples", "bad_samples")},
             **{f"epoch/{source}": epoch for source, epoch in line.get("epochs", {}).items()},
             **{f"learning_rate/{part}": rate for part, rate in line["learning_rate"].items()},
         }  # fmt: skip
         for name, value in points.items():
             if value is None:
-                continue  # the gradient norm of a skipped step
+                continue  # the gradient norm of a skipped step, or a share of a peak that is not known
             self._tensorboard.add_scalar(f"train/{name}", value, step)
         self._tensorboard.flush()
         if self._bar.disable:
             log.info(
-                "step %d/%d  loss %.4f  grad_norm %.3f  %.0f tokens/s  data wait %.0f%%", step, self.last_step,
-                line["loss"], line["grad_norm"] or math.nan, points["tokens_per_second"],
-                100 * line["data_time"] / line["step_time"],
+                "step %d/%d  loss %.4f  grad_norm %.3f  %.0f tokens/s  data wait %.0f%%%s", step, self.last_step,
+                line["loss"], line["grad_norm"] or math.nan, line["tokens"] / seconds,
+                100 * line["data_time"] / seconds, f"  MFU {line['mfu']:.1%}" if line["mfu"] else "",
             )  # fmt: skip
 
     def evaluation(self, step: int, loss: float) -> None:

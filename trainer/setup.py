@@ -34,6 +34,7 @@ from trainer.guard import StepGuard
 from trainer.ledger import Ledger
 from trainer.load import check_handover, image_transform, load_model
 from trainer.memory import Sharding, checkpoint_bytes, in_words, recompute_every, usable
+from trainer.meters import StepMeter
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.preflight import check_disk
 from trainer.rows import stream_rows
@@ -76,6 +77,7 @@ class TrainState:
     beat: Heartbeat | NoHeartbeat = field(default_factory=NoHeartbeat)
     """Of this rank, while it trains."""
     output_dir: Path = field(init=False)
+    meter: StepMeter = field(init=False)
     ledger: Ledger = field(init=False)
     guard: StepGuard = field(init=False)
 
@@ -86,6 +88,7 @@ class TrainState:
             sum(map(len, self.train_data.reader.shards)), self.world.is_main,
         )  # fmt: skip
         train = self.config.train
+        self.meter = StepMeter(self.engine.module, self.recompute_every, self.world.device)
         self.guard = StepGuard(train.max_loss_ratio, train.max_skipped_steps, self.run.recent_losses)
 
     @property

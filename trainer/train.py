@@ -15,12 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from trainer.answers import Question, held_out_answers
 from trainer.data.loader import BatchLoader, fetch
 from trainer.data.order import global_batch, micro_batches
 from trainer.data.samples import Batch
-from trainer.dist import gather, log, on_main_rank, raise_together, sum_over_ranks
+from trainer.dist import ask_ranks, gather, log, on_main_rank, raise_together, sum_over_ranks
 from trainer.errors import DataError, UserError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.metrics import Recorder
@@ -97,9 +98,10 @@ def is_due(step: int, every_steps: int, is_last: bool) -> bool:
 
 def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     """One optimizer step; its loss is the mean over the step's supervised tokens, over all ranks and micro-batches."""
-    engine, started = state.engine, time.perf_counter()
+    engine, meter, started = state.engine, state.meter, time.perf_counter()
     state.beat("fetch", state.step + 1)
-    micro, found = fetch(loader)
+    with record_function("data"):
+        micro, found = fetch(loader)
     failure = found or (state.lock.failure if state.lock else None) or state.saver.failure
     data_time = time.perf_counter() - started
     here = [
@@ -108,7 +110,7 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
         sum(b["truncated_tokens"] for b in micro), sum(len(b["rejected"]) for b in micro), failure is not None,
         bool(state.stop), len(micro), len(micro) ** 2,
     ]  # fmt: skip
-    totals = sum_over_ranks(list(map(float, here)), engine.device)
+    *totals, needed, computed = sum_over_ranks([*map(float, here), *meter.operations(micro)], engine.device)
     supervised, tokens, images, truncated, truncated_tokens, bad, failures, stops, batches, squares = map(int, totals)
     if failures:
         raise_together(failure)
@@ -127,11 +129,13 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     if bad:  # now that the step counts: one that was broken off is taken again
         rejected = [sample for b in micro for sample in b["rejected"]]
         state.ledger.record(state.step, rejected, samples_seen(state, state.step))
+    grad_norm = float(engine.get_global_grad_norm() or 0.0) if applied else None
+    times, seconds = meter.times(), time.perf_counter() - started
     return {
         "step": state.step,
         **epochs_done(state),
         "loss": loss,
-        "grad_norm": float(engine.get_global_grad_norm() or 0.0) if applied else None,
+        "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "supervised_tokens": supervised,
         "tokens": tokens,
@@ -141,8 +145,10 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
         "bad_samples": bad,
         "skipped_steps": state.guard.skipped,
         **trouble,
-        "step_time": round(time.perf_counter() - started, 4),
+        "step_time": round(seconds, 4),
         "data_time": round(data_time, 4),
+        **times,
+        **meter.shares(needed, computed, seconds, state.world.world_size),
     }
 
 
@@ -151,26 +157,41 @@ def forward_backward(state: TrainState, micro: list[Batch], supervised: int) -> 
 
     Raises Stopped between two of them.
     """
-    engine, losses, step_loss = state.engine, [], 0.0
+    # No number is looked at before it must be: a GPU would have nothing to do until the host knows.
+    engine, meter = state.engine, state.meter
+    losses: list[torch.Tensor] = []
+    step_loss: float | None = None
+    stops: torch.Tensor | None = None
     for batch in micro:
         state.beat("forward and backward", state.step + 1, batch["keys"])
-        output = engine(**state.inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=supervised)
-        losses.append(output.loss.item())
+        with meter.timed("forward"):
+            output = engine(**state.inputs(batch), loss_only=True, use_cache=False, num_items_in_batch=supervised)
+        losses.append(output.loss.detach())
         # The engine will divide by the ranks and, unless told not to, by the accumulation steps: undo the first,
         # forbid the second, and what is left is the plain sum of the parts of the mean.
         loss = output.loss * state.world.world_size
-        if batch["is_last"]:
-            (step_loss,) = sum_over_ranks([sum(losses)], engine.device)
+        if batch["is_last"] and state.guard.max_loss_ratio is not None:
+            step_loss = whole_loss(losses)
             if state.guard.is_spike(step_loss):
                 loss = loss * math.nan  # whose gradients the engine skips, on all ranks, as it does where they come so
         # Micro-batches may differ in number from step to step.
         engine.set_gradient_accumulation_boundary(batch["is_last"])
-        engine.backward(loss, scale_wrt_gas=False)
-        engine.step()
-        # What is accumulated is thrown away: a resumed run takes the whole step again.
-        if not batch["is_last"] and sum_over_ranks([float(bool(state.stop))], engine.device) != [0.0]:
-            raise Stopped
-    return step_loss, losses
+        with meter.timed("backward"):
+            engine.backward(loss, scale_wrt_gas=False)
+        with meter.timed("optimizer"):
+            engine.step()
+        if not batch["is_last"]:
+            answered, stops = stops, ask_ranks(bool(state.stop), engine.device)
+            # What is accumulated is thrown away: a resumed run takes the whole step again.
+            if answered is not None and answered.item():
+                raise Stopped
+    return whole_loss(losses) if step_loss is None else step_loss, torch.stack(losses).tolist()
+
+
+def whole_loss(losses: list[torch.Tensor]) -> float:
+    """A step's loss, of this rank's parts of it by micro-batch. All ranks call this."""
+    (loss,) = sum_over_ranks([sum(torch.stack(losses).tolist())], losses[0].device)
+    return loss
 
 
 def uneven(step: int, batches: list[tuple[int, list[str]]]) -> DataError:

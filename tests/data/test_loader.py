@@ -98,6 +98,7 @@ def by_hand(samples: list[dict], template: ChatTemplate) -> Batch:
         pixel_values=torch.stack(pixels) if pixels else torch.empty(0, 3, S, S, dtype=torch.uint8),
         document_ends=None,
         tokens=sum(len(ids) for ids, _ in rows),
+        squares=sum(len(ids) ** 2 for ids, _ in rows),
         truncated_samples=0,
         truncated_tokens=0,
         keys=[sample["__key__"] for sample in samples],

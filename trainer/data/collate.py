@@ -41,6 +41,7 @@ def collate(
         pixel_values=torch.cat(pictures) if pictures else _filler(pad_token_id, image_size).pixel_values,
         document_ends=document_ends,
         tokens=sum(len(example.input_ids) for example in examples),
+        squares=sum(len(example.input_ids) ** 2 for example in examples),
         truncated_samples=sum(example.truncated_tokens > 0 for example in examples),
         truncated_tokens=sum(example.truncated_tokens for example in examples),
         keys=keys,

@@ -65,6 +65,8 @@ class Batch(TypedDict):
     """Packed: where each document ends in T. Attention, positions and loss stay inside a document."""
     tokens: int
     """Real tokens, padding and fillers left out."""
+    squares: int
+    """Sum of the squared lengths of the samples: what attention takes."""
     truncated_samples: int
     """Samples whose text was cut at its end."""
     truncated_tokens: int
