@@ -1,6 +1,7 @@
 """Trains one stage.
 
     deepspeed launch/train.py --config stage1.yaml [--set section.key=value ...] [--resume auto|none|PATH]
+        [--profile STEPS]
 
 On one process, without a launcher: python launch/train.py --config stage1.yaml
 """
@@ -35,6 +36,9 @@ def main() -> None:
         "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
     )
     parser.add_argument("--resume", default="auto", help="auto (the default), none, or a checkpoint folder")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="write a trace of so many steps, from the third on"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # injected by DeepSpeed's launcher
     args = parser.parse_args()
 
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         state.lock = lock[0] if lock else None
         try:
             if state.step < state.last_step or state.evaluation_due:
-                train(state)
+                train(state, profile_steps=args.profile)
             else:
                 log.info("%s is finished: step %d of %d", config.run.output_dir, state.step, state.last_step)
         finally:

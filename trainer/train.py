@@ -26,6 +26,7 @@ from trainer.errors import DataError, UserError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.metrics import Recorder
 from trainer.optim import schedule, set_learning_rates
+from trainer.profiling import profiled
 from trainer.setup import TrainState
 from trainer.stopping import Stopped
 from trainer.watchdog import Heartbeat
@@ -34,8 +35,9 @@ SAVE_SECONDS = 3600
 """A save that takes longer hangs."""
 
 
-def train(state: TrainState, until: int | None = None) -> None:
-    """Trains from the state's step to its last, or to an earlier one, and saves there."""
+def train(state: TrainState, until: int | None = None, profile_steps: int = 0) -> None:
+    """Trains from the state's step to its last, or to an earlier one, and saves there. The first steps may be profiled,
+    so many of them."""
     config, world = state.config, state.world
     until = until or state.last_step
     if world.is_main:
@@ -54,12 +56,14 @@ def train(state: TrainState, until: int | None = None) -> None:
             state.output_dir / "heartbeat", world.rank, world.world_size, config.run.hang_seconds, start
         ) as state.beat,
         Recorder(state.output_dir, name, state.step, state.last_step, every, world.is_main) as recorder,
+        profiled(profile_steps, state.output_dir / "profile", world.rank) as note_profile,
     ):
         try:
             if state.evaluation_due:
                 save(state, recorder, evaluate_and_record(state, recorder))
             while state.step < until:
                 line = train_step(state, loader)
+                note_profile(line)
                 if config.logging.sample_keys:
                     on_main_rank(world, partial(add_sample_keys, state, line))
                 recorder.step(line)
