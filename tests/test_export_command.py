@@ -139,6 +139,9 @@ def test_the_language_model_is_a_plain_qwen_folder(checkpoints, tiny_run, inputs
         for folder in (original, tmp_path / "out")
     )
     assert found == names
+    # It names no processor: that of the whole model is not there.
+    assert "processor_class" in json.loads((checkpoints / run / "hf" / "tokenizer_config.json").read_text())
+    assert "processor_class" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     # Its own vocabulary, token for token, in the official file, and so a folder to train from.
     assert (tmp_path / "out" / "qwen.tiktoken").read_text() == (original / "qwen.tiktoken").read_text()
     config = Config.load(tiny_run, [f"model.language_model={tmp_path / 'out'}"])

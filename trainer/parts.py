@@ -26,7 +26,9 @@ def write_language_model(model: MQWenForConditionalGeneration, tokenizer: PreTra
     language_model = model.language_model
     language_model.generation_config = model.generation_config
     language_model.save_pretrained(out)
-    tokenizer._set_processor_class(None)  # of the whole model
+    # Both name the whole model's processor; the second is from the file that the tokenizer was read from.
+    tokenizer._set_processor_class(None)
+    tokenizer.init_kwargs.pop("processor_class", None)
     tokenizer.save_pretrained(out)
     if isinstance(language_model.config, QWenConfig):
         config: Any = copy.deepcopy(language_model.config)
