@@ -182,6 +182,20 @@ def test_the_projector_comes_with_what_it_stands_between(checkpoints, tiny_run, 
     assert tower["sha256"] != weights_hash(whole.vision_tower)
 
 
+@pytest.mark.parametrize(
+    ("run", "options"),
+    [
+        ("plain", {}), ("lora", {}), ("lora", {"merge": True}), ("plain", {"dtype": torch.bfloat16}),
+        ("lora", {"part": "language_model"}), ("plain", {"part": "projector"}),
+    ],
+)  # fmt: skip
+def test_every_file_has_the_mode_that_files_have_here(checkpoints, tmp_path, run, options):
+    (tmp_path / "usual").touch()
+    publish(checkpoints / run, tmp_path / "out", **options)
+    modes = {file.name: oct(file.stat().st_mode) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert modes == dict.fromkeys(modes, oct((tmp_path / "usual").stat().st_mode))
+
+
 def test_what_cannot_be_meant_is_said_and_nothing_is_written(checkpoints, tmp_path):
     plain, with_lora, out = checkpoints / "plain", checkpoints / "lora", tmp_path / "out"
     (tmp_path / "full").mkdir()

@@ -67,12 +67,19 @@ def check_free(out: Path) -> None:
 
 
 def into(out: Path, write: Callable[[Path], None]) -> None:
-    """Has a folder written, which gets its name when it is whole. Raises CheckpointError where the disk refuses it."""
+    """Has a folder written, which gets its name when it is whole; its files have the usual permissions.
+
+    Raises CheckpointError where the disk refuses it.
+    """
     partial = out.resolve().with_name(f".{out.resolve().name}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
         write(partial)
+        mode = export.usual_file_mode()
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)  # safetensors makes files that the owner alone can read
         partial.rename(out.resolve())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
