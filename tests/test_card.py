@@ -17,13 +17,20 @@ from trainer.tokenizer import load_tokenizer
         (["--set", "model.init_from=/data/me/runs/stage1"], "train.py --set model.init_from=stage1"),
         (["--set", "data.train=[{name: a, shards: '/d/x/*.tar'}]"], "train.py --set 'data.train=[{name: a, shards: "),
         (["--set", "x=https://me:pass@host/a/b.tar?key=1"], "train.py --set x=https://host/a/b.tar"),
-        (["--resume", "runs/a/checkpoint-000002"], "train.py --resume runs/a/checkpoint-000002"),
+        (["--resume", "me/a/checkpoint-000002"], "train.py --resume checkpoint-000002"),
+        (["--config=../me/stage2.yaml"], "train.py --config=stage2.yaml"),
+        (["--set", "model.init_from=~/me/runs/stage1/"], "train.py --set model.init_from=stage1/"),
+        (["--set", "model.init_from=/data/My Runs/rate=1/stage1"], "train.py --set model.init_from=stage1"),
+        (["--set", "x=[s3://me/d/0.tar,file:///home/1.tar]"], "train.py --set 'x=[0.tar,1.tar]'"),
+        (["--set", "x=me/{000..003}/d/[0-9]/{a,b}-{00..99}.tar"], "train.py --set 'x={a,b}-{00..99}.tar'"),
+        (["--set", "x={y: me/d/a, z: [hf://a/b.tar]}"], "train.py --set 'x={y: a, z: [hf://a/b.tar]}'"),
+        (["--set", "optim.betas=[0.9, 0.95]"], "train.py --set 'optim.betas=[0.9, 0.95]'"),
     ],
 )
 def test_the_command_has_no_folders_of_this_machine_and_no_passwords(given, shown):
     found = command(["/opt/mqwen/launch/train.py", *given])
     assert found.startswith(shown)
-    assert not any(secret in found for secret in ("/home", "/data", "/d/", "pass", "key=1"))
+    assert not any(secret in found for secret in ("/home", "/data", "/d/", "me/", "pass", "key=1"))
 
 
 def test_settings_are_told_and_paths_are_not(tiny_run):

@@ -52,8 +52,14 @@ with the configuration
 """
 
 
-FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\",\]}]+/)*")
-"""Of an absolute path all but its last name; not of a URL."""
+START = r"(?<![^\s'\",=\[\]{}])"
+OF_PATH = r"(?:[^\s'\",=\[\]{}/]|[\[{][^\s'\":\[\]{}]*[\]}])"
+"""Where a path begins in an argument, and what its names are made of: the brackets are of [0-9] and {000..099}."""
+
+FOLDERS = re.compile(
+    rf"({START}(?:https|hf)://(?:{OF_PATH}|/)*)|{START}{OF_PATH}*/(?:(?:{OF_PATH}|[ =/])*/)?(?=[^\s/'\",\]}}])"
+)
+"""Of a path, absolute or not, of s3:// or file://, all but its last name; or, as the group, a public URL."""
 
 
 def published(config: Config) -> dict:
@@ -99,9 +105,12 @@ BASE_CARD = "The model that the LoRA adapter in `../hf` belongs to, without it; 
 
 
 def command(arguments: list[str]) -> str:
-    """The command line, without the folders and passwords of the place where it was given."""
+    """The command line, without the folders and passwords of the place where it was given.
+
+    Of paths the last names are left, of https:// and hf:// what is no password or query.
+    """
     given = [argument for argument in arguments[1:] if not argument.startswith("--local_rank")]
-    return shlex.join([Path(arguments[0]).name, *(FOLDERS.sub("", shown(argument)) for argument in given)])
+    return shlex.join([Path(arguments[0]).name, *(FOLDERS.sub(r"\1", shown(argument)) for argument in given)])
 
 
 @dataclass(frozen=True)
