@@ -110,12 +110,23 @@ def test_gradients_reach_the_lowest_layer_under_frozen_embeddings(every):
 
 def test_freeze_names_weights_as_they_are_without_lora_and_no_adapter():
     model = adapted()
-    # Said of the language model, which is frozen anyway; adapters are in each of the three.
-    freeze(model, ["vision_tower", "language_model", r"h\.0\.attn\.c_attn\.(weight|bias)$", "w1"])
-    assert {part_of(name) for name, p in model.named_parameters() if p.requires_grad} == {"lora", "projector"}
+    # The language model is frozen anyway, which may be said of it as a whole; adapters are in each of the others.
+    freeze(model, ["vision_tower", "language_model", r"h\.0\.attn\.c_attn\.weight$|linear_1\.bias", "w1|linear_2"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and not lora.is_adapter(name)}
+    assert trained == {"multi_modal_projector.linear_1.weight"}
     assert all(p.requires_grad for name, p in model.named_parameters() if lora.is_adapter(name))
     with pytest.raises(ConfigError, match="'lora_A' matches no parameter"):
         freeze(model, ["lora_A"])
+
+
+@pytest.mark.parametrize("pattern", [r"transformer\.h\.[01]\.", r"c_attn\.weight$", "language_model.layers.0-1"])
+def test_a_pattern_that_would_freeze_some_of_a_frozen_language_model_is_refused(pattern):
+    with pytest.raises(ConfigError) as raised:
+        freeze(adapted(), ["vision_tower", pattern])
+    # Whoever writes it wants layers that do not change, and with adapters every one does.
+    assert str(raised.value).startswith("freeze: with lora all of the language model's own weights are frozen")
+    assert f"leave '{pattern}' out" in str(raised.value)
+    freeze(small_model(), ["vision_tower", pattern])  # without LoRA it is as good as any
 
 
 def test_the_table_counts_adapters_apart_and_their_scale_is_part_of_what_trains():

@@ -84,11 +84,16 @@ def _check_lora(config: "Config") -> list[str]:
     if not all(name.strip() for name in lora.target_modules.split("|")):
         errors.append(f"lora.target_modules: expected names with | between them, found '{lora.target_modules}'")
     if of_layers := [pattern for pattern in config.freeze if pattern.startswith("language_model.")]:
-        errors.append(
-            f"freeze: with lora all of the language model's own weights are frozen, and adapters train in every layer: "
-            f"leave '{of_layers[0]}' out"
-        )
+        errors.append(f"freeze: {frozen_by_lora(of_layers[0])}")
     return errors
+
+
+def frozen_by_lora(pattern: str) -> str:
+    """What is said of a pattern of `freeze` that names some of the language model's weights beside LoRA."""
+    return (
+        f"with lora all of the language model's own weights are frozen, and adapters train in every layer: "
+        f"leave '{pattern}' out"
+    )
 
 
 def _check_data(config: "Config", needs_data: bool) -> list[str]:

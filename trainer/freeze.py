@@ -5,6 +5,7 @@ import re
 
 from torch import nn
 
+from trainer.config_checks import frozen_by_lora
 from trainer.errors import ConfigError
 from trainer.lora import describe_adapter, is_adapter, stored_name
 
@@ -33,9 +34,11 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 
     A pattern is a part, a range of layers ("language_model.layers.0-11", both ends included) or a regular expression
     searched for in the parameter's name, as it is without LoRA; adapters are left as they are. Raises ConfigError, for
-    all patterns at once, where one matches nothing or is no expression, or where nothing would be left to train.
+    all patterns at once, where one matches nothing or is no expression, or where nothing would be left to train; and
+    with adapters, which freeze the language model, where one is of some of its weights alone.
     """
     own = {stored_name(name): p for name, p in model.named_parameters() if not is_adapter(name)}
+    has_adapter = any(is_adapter(name) for name, _ in model.named_parameters())
     errors = []
     for pattern in patterns:
         try:
@@ -44,11 +47,14 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
             errors.append(f"'{pattern}' is not a regular expression ({error})")
             continue
         for where, expression in expressions.items():
-            named = [parameter for name, parameter in own.items() if expression.search(name)]
-            for parameter in named:
+            named = {name: parameter for name, parameter in own.items() if expression.search(name)}
+            for parameter in named.values():
                 parameter.requires_grad_(False)
             if not named:
                 errors.append(f"'{pattern}' matches no parameter{where}")
+                break
+            if has_adapter and pattern not in PARTS and {part_of(name) for name in named} == {"language_model"}:
+                errors.append(frozen_by_lora(pattern))
                 break
     if not any(parameter.requires_grad for parameter in model.parameters()):
         errors.append("everything is frozen: nothing is left to train")
