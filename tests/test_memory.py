@@ -9,7 +9,7 @@ from shapes import write_small_run
 
 from trainer.checkpoint import existing, name_of
 from trainer.config import CheckpointConfig, Config
-from trainer.memory import most_checkpoints
+from trainer.memory import format_bytes, most_checkpoints, parse_bytes
 from trainer.saving import note_best, remove_old
 
 FREEZE = {
@@ -141,3 +141,13 @@ def test_as_many_checkpoints_are_planned_as_retention_leaves_at_once(tmp_path, k
         remove_old(tmp_path, tmp_path / name_of(step), config)
     # One for good may be among the last too, and is then counted twice.
     assert most <= most_checkpoints(config, last_step=95) <= most + bool(keep_every)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.00 MiB"), (500e6, "476.84 MiB"), (2**30, "1.00 GiB"), (80e9, "74.51 GiB"), (2**41, "2,048.00 GiB")],
+)
+def test_bytes_are_shown_with_a_unit_that_is_also_read(count, text):
+    assert format_bytes(count) == text
+    if count:
+        assert parse_bytes("--gpu-memory", text.replace(",", "").replace(" ", "")) == pytest.approx(count, rel=1e-4)

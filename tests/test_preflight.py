@@ -120,7 +120,7 @@ def test_a_disk_without_room_for_the_coming_checkpoints_is_refused(tiny_run, tmp
     with pytest.raises(ConfigError) as raised:
         with_free(3 * each + frozen - 1)
     assert str(raised.value).startswith(
-        f"run.output_dir: {config.run.output_dir} has 3.5 MB free, and 3 checkpoint(s) to come need about 3.5 MB: "
+        f"run.output_dir: {config.run.output_dir} has 3.34 MiB free, and 3 checkpoint(s) to come need about 3.34 MiB: "
     )
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(preflight.os, "link", no_links)  # every checkpoint has a copy of the frozen weights then

@@ -344,7 +344,18 @@ def in_words(every: int) -> str:
 
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-"""Of `--gpu-memory`, in bytes."""
+"""In bytes. `--gpu-memory` takes each; figures are shown in the last two."""
+
+
+def unit_of(count: float) -> str:
+    """The unit in which so many bytes are shown."""
+    return "GiB" if count >= UNITS["GiB"] else "MiB"
+
+
+def format_bytes(count: float) -> str:
+    """24.03 GiB: bytes in their unit."""
+    unit = unit_of(count)
+    return f"{count / UNITS[unit]:,.2f} {unit}"
 
 
 def parse_bytes(key: str, text: str) -> float:

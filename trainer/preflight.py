@@ -26,7 +26,7 @@ from trainer.config import Config
 from trainer.dist import World, gather, log, on_main_rank
 from trainer.engine import deepspeed_settings
 from trainer.errors import ConfigError
-from trainer.memory import CheckpointBytes, most_checkpoints
+from trainer.memory import CheckpointBytes, format_bytes, most_checkpoints
 from trainer.paths import ROOT
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
@@ -178,8 +178,8 @@ def check_disk(config: Config, last_step: int, sizes: CheckpointBytes, resumed_f
     needed, free = frozen + count * sizes.each, shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
-            f"run.output_dir: {folder.resolve()} has {_size(free)} free, and {count} checkpoint(s) to come need about "
-            f"{_size(needed)}: make room, choose another folder, or keep fewer (checkpoint.keep_last)"
+            f"run.output_dir: {folder.resolve()} has {format_bytes(free)} free, and {count} checkpoint(s) to come need "
+            f"about {format_bytes(needed)}: make room, choose another folder, or keep fewer (checkpoint.keep_last)"
         )
 
 
@@ -195,7 +195,3 @@ def _has_links(folder: Path) -> bool:
         return False
     finally:
         probe.unlink()
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -21,13 +21,16 @@ from trainer.load import meta_model
 from trainer.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
+    UNITS,
     Option,
     checkpoint_bytes,
+    format_bytes,
     in_words,
     largest_batch,
     most_checkpoints,
     options,
     recompute_every,
+    unit_of,
     usable,
 )
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
@@ -36,8 +39,6 @@ from trainer.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from trainer.measure import Measured  # imports training, slowly
-
-MIB, GIB = 2**20, 2**30
 
 ENOUGH_TOKENS = 4096
 """Tokens of a micro-batch from which more of them hardly make a GPU faster: a rule of thumb, not a measurement."""
@@ -146,13 +147,13 @@ def _memory(plan: Plan, gpu_memory: float) -> list[str]:
     of_batch = (activations.saved, activations.loss, activations.working)
     bytes_of = [(option, option.sharding.states()) for option in plan.options if option.sharding]
     largest = max(states.total(activations) for _, states in bytes_of)
-    unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
+    unit = unit_of(largest)
     columns = ("weights", "grads", "AdamW", "buffers", "activ.", "loss", "working", "total", "host", "kept", "recomp.")
     lines = [
-        f"{name} a rank, micro-batches of {plan.micro_rows:,.4g} x {tokens:,} tokens, activations "
+        f"{unit} a rank, micro-batches of {plan.micro_rows:,.4g} x {tokens:,} tokens, activations "
         f"{in_words(every)}; on the right the largest micro-batch",
-        f"on a GPU of {size(gpu_memory)}, less {FRAGMENTATION:.0%} for fragmentation and {size(CONTEXT_BYTES)} for "
-        f"CUDA's context (both assumed),",
+        f"on a GPU of {format_bytes(gpu_memory)}, less {FRAGMENTATION:.0%} for fragmentation and "
+        f"{format_bytes(CONTEXT_BYTES)} for CUDA's context (both assumed),",
         f"out of the {plan.rank_rows:,} rows of a rank in a step, with activations kept and recomputed",
         f"{'':18}" + "".join(f"{column:>9}" for column in columns),
     ]
@@ -162,11 +163,13 @@ def _memory(plan: Plan, gpu_memory: float) -> list[str]:
         fitting = [plan.fitting(option, recomputed, room) for recomputed in (0, 1)]
         lines.append(
             f"{'*' if option.own else ' '} {option.name:16}"
-            + "".join(f"{n / unit:9,.2f}" for n in figures) + "".join(f"{n:9,}" for n in fitting)
+            + "".join(f"{n / UNITS[unit]:9,.2f}" for n in figures) + "".join(f"{n:9,}" for n in fitting)
         )  # fmt: skip
     whole = sum(p.numel() * p.element_size() for p in plan.model.parameters())
-    lines.append(f"* as configured. While the model is loaded, a rank has {size(whole)} more on its host; while a")
-    lines.append("checkpoint is written, rank 0 has as much for the weights that train (at the first, for all).")
+    lines += [
+        f"* as configured. While the model is loaded, a rank has {format_bytes(whole)} more on its host; while a",
+        "checkpoint is written, rank 0 has as much for the weights that train (at the first, for all).",
+    ]
     lines += [f"{option.name}: DeepSpeed refuses it with these types" for option in plan.options if not option.sharding]
     if any(option.sharding and option.sharding.zero.stage == 0 for option in plan.options):
         lines.append("ZeRO-0 is there to compare with: the trainer does not run it.")
@@ -206,9 +209,9 @@ def _disk(plan: Plan) -> list[str]:
     config, found = plan.config.checkpoint, checkpoint_bytes(plan.own.sharding)
     others = max(found.ranks[1:], default=0.0)
     lines = [
-        f"frozen weights, once a run: {size(found.frozen)}",
-        f"each checkpoint: {size(found.each)} (hf/ {size(found.trained)}; deepspeed/ {size(found.ranks[0])} of rank 0, "
-        f"{size(others)} of each other)",
+        f"frozen weights, once a run: {format_bytes(found.frozen)}",
+        f"each checkpoint: {format_bytes(found.each)} (hf/ {format_bytes(found.trained)}; deepspeed/ "
+        f"{format_bytes(found.ranks[0])} of rank 0, {format_bytes(others)} of each other)",
     ]
     folder = Path(plan.config.run.output_dir).absolute()
     while not folder.exists():
@@ -218,8 +221,11 @@ def _disk(plan: Plan) -> list[str]:
         return [*lines, "in all: as many as the run saves and keeps; its steps are not known"]
     count = most_checkpoints(config, plan.rows.last_step)
     total = found.frozen + count * found.each
-    return [*lines, f"in all, {count:,} at a time while one is written: {size(total)}; free in {folder}: {size(free)}"
-                    + "  TOO LITTLE" * (total > free)]  # fmt: skip
+    return [
+        *lines,
+        f"in all, {count:,} at a time while one is written: {format_bytes(total)}; free in {folder}: "
+        f"{format_bytes(free)}" + "  TOO LITTLE" * (total > free),
+    ]
 
 
 def _recommended(plan: Plan, gpu_memory: float) -> list[str]:
@@ -269,15 +275,10 @@ def compared(plan: Plan, measured: "Measured") -> str:
         f"a step of {measured.micro_batches} x {measured.shape.tokens:,} tokens and {measured.shape.images} pictures "
         f"a rank, world size {plan.world_size}, on {where}",
         f"{'':24}{'planned':>14}{'measured':>14}",
-        *(f"{name:24}{size(ours):>14}{size(theirs):>14}" for name, ours, theirs in rows),
+        *(f"{name:24}{format_bytes(ours):>14}{format_bytes(theirs):>14}" for name, ours, theirs in rows),
         f"seconds a step: {measured.seconds:.3g}, {work.total / measured.seconds / 1e12:.3g} TFLOP/s a rank",
     ]
     return "\n  ".join(["measured", *lines])
-
-
-def size(count: float) -> str:
-    """Bytes with a unit."""
-    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / MIB:,.2f} MiB"
 
 
 def _divisor(number: int, most: int) -> int:
