@@ -2,12 +2,13 @@
 # make test      all set-up, then the tests
 # make test-all  the long tests too
 # make check     lint, format and types
+# make benchmark this trainer beside what people use today, about half an hour
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-all check install
+.PHONY: demo test test-all check install benchmark
 install: $(INSTALLED)
 
 $(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml
@@ -24,6 +25,11 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "long or not long"
+
+benchmark: $(INSTALLED)
+	$(BIN)/python benchmarks/speed.py --work runs/benchmark
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/slope.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -21,6 +21,11 @@ MODES = {
         ["data.packing=true", "train.global_batch_size=4"],
         [f"train.micro_batch_size={n}" for n in (1, 2)],
     ),
+    # The same packs: plainly, with activations recomputed in every second layer, with fused functions.
+    "how it is computed": (
+        ["data.packing=true", "train.global_batch_size=4", "train.micro_batch_size=1"],
+        ["data.num_workers=0", "model.activation_checkpointing=2", "model.fuse_elementwise=true"],
+    ),
     # Samples of like length together: the micro-batches of a step differ in number and size.
     "token budget": ([], [f"train.micro_batch_tokens={n}" for n in (128, 300)]),
 }  # fmt: skip
@@ -57,6 +62,7 @@ def curves(world, config_file: str, out: str, bf16: bool, mode: str, stages: lis
         ("samples", True, 2e-2),
         ("packs", False, 1e-5),
         ("packs", True, 2e-2),
+        ("how it is computed", False, 1e-5),
         ("token budget", False, 1e-5),
     ],
 )

@@ -71,9 +71,10 @@ MIXED = (
         ("zero3", []),
         # 20 steps of 4 packs, two thirds of the source of 12 samples: tens of its epochs.
         ("zero2", ["data.packing=true", "train.global_batch_size=4", MIXED]),
-        ("zero2", ["train.micro_batch_tokens=300"]),
+        ("zero2", ["train.micro_batch_tokens=300", "model.activation_checkpointing=2"]),
+        ("zero3", ["model.activation_checkpointing=false", "model.fuse_elementwise=true", "data.num_workers=0"]),
     ],
-    ids=["zero2", "zero3", "packed and mixed", "by length"],
+    ids=["zero2", "zero3", "packed and mixed", "by length, half recomputed", "kept, fused, no workers"],
 )
 def test_resumed_run_equals_the_straight_one_bitwise(tiny_run, tmp_path, stage, changes):
     shutil.copytree(tiny_run.parent / "tiny-clip", tmp_path / "clip")

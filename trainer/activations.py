@@ -27,7 +27,7 @@ from trainer.flops import (
     trains,
 )
 from trainer.models.configuration_qwen import QWenConfig
-from trainer.models.linear_cross_entropy import CHUNK_LOGITS
+from trainer.models.linear_cross_entropy import chunk_rows
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 FP32 = 4
@@ -45,7 +45,7 @@ class Activations:
     recomputed: float
     """With activation checkpointing: what one layer at a time keeps, while it is computed again."""
     logits: float
-    """For a while: the logits of a chunk in two types, and the sum of the head's gradient."""
+    """For a while: the logits of a chunk, in bf16 in two types, and there the fp32 sum of the head's gradient."""
     norm: float
     """For a while: what the backward pass of a norm makes in fp32, the first time while all layers are still kept."""
     mlp: float
@@ -92,12 +92,13 @@ def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, re
 
     last = text.layers[-1]
     head_values = vocabulary * width * trains(head)
-    chunk = min(shape.supervised, max(1, CHUNK_LOGITS // vocabulary)) * vocabulary
+    chunk = min(shape.supervised, chunk_rows(vocabulary, trains(head))) * vocabulary
+    other = size * (size != FP32)  # what is in fp32 too, where that is not the model's own type
     return Activations(
         saved=tower + projector + saved,
         loss=size * shape.supervised * width * reached + 8 * shape.supervised + size * head_values,
         recomputed=max(recomputed),
-        logits=2 * FP32 * chunk + (FP32 + size) * head_values,
+        logits=(FP32 + other) * chunk + (FP32 + other) * head_values * (size != FP32),
         norm=5 * FP32 * shape.tokens * width * reached,
         # Of three branches; but what the last product of a trained one keeps is gone by then.
         mlp=size * shape.tokens * last.narrow.in_features * (3 - trains(last.narrow)) * reached,

@@ -52,6 +52,9 @@ class ModelConfig:
     activation_checkpointing: bool | int | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, up to a third more time. true: in all layers; a number
     k: in every k-th; auto: in as few as the GPU's memory asks for, on a CPU in none."""
+    fuse_elementwise: bool = False
+    """Compute the norms, rotary embedding and gate of Qwen (v1) in one pass each, by torch.compile: faster, with other
+    last bits. Takes a C++ compiler, and half a minute when training starts for the first time."""
 
 
 @dataclass

@@ -39,7 +39,14 @@ def build_engine(
     settings: of `deepspeed_settings`. recompute_every: of `checkpoint_activations`.
     """
     checkpoint_activations(model, recompute_every)
+    for module in model.modules():
+        if hasattr(module, "fused"):
+            module.fused = config.model.fuse_elementwise
     groups = parameter_groups(model, config.optim)
+    # DeepSpeed fills a bucket of gradients before it reduces them: one for more than there are only takes memory.
+    zero, trained = settings["zero_optimization"], sum(p.numel() for group in groups for p in group["params"])
+    bucket = min(zero.get("reduce_bucket_size", DeepSpeedZeroConfig().reduce_bucket_size), trained)
+    settings = {**settings, "zero_optimization": {**zero, "reduce_bucket_size": bucket}}
     optimizer = build_optimizer(groups, config.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.checkpoint_engine = RecordingCheckpointEngine(engine.checkpoint_engine)

@@ -145,9 +145,14 @@ class Sharding:
         return (self._stage_0, self._stage_1, self._stage_2, self._stage_3)[self.zero.stage]()
 
     @property
+    def bucket_size(self) -> int:
+        """Gradients that are reduced together: not more than there are."""
+        return min(self.zero.reduce_bucket_size, self.trained)
+
+    @property
     def _bucket(self) -> int:
-        """Bytes of gradients that are reduced together, and of the largest on its way there."""
-        return self.reduced_size * self.zero.reduce_bucket_size + self.size * max(map(max, self.groups))
+        """Bytes of such a bucket, and of the largest gradient on its way there."""
+        return self.reduced_size * self.bucket_size + self.size * max(map(max, self.groups))
 
     def _stage_0(self) -> States:
         other_type = self.size != FP32
@@ -162,7 +167,7 @@ class Sharding:
         states, gradients = self._stage_2(), self.sum_size * self.trained
         if self.offloads:
             # The sums are on the accelerator, and are reduced in their own type.
-            bucket = (self.sum_size - self.size) * self.zero.reduce_bucket_size
+            bucket = (self.sum_size - self.size) * self.bucket_size
             host = (MASTER + ADAMW + FP32 + self.size) * sum(self.parts)
             return replace(states, gradients=gradients, buffers=states.buffers + bucket, host=host)
         if self.sum_size == self.size:
@@ -182,7 +187,7 @@ class Sharding:
             gradients, optimizer = gradients * (not same_type), 0
         return States(
             weights=self.size * sum(self.tensors), gradients=gradients, optimizer=optimizer,
-            buffers=self._bucket + self.reduced_size * self.zero.reduce_bucket_size * bool(self.zero.overlap_comm),
+            buffers=self._bucket + self.reduced_size * self.bucket_size * bool(self.zero.overlap_comm),
             # Whole gradients: those of the last micro-batch beside the sums, then a flat copy of each group's.
             step=max(gradients * self.accumulates, FP32 * max(self.parts)) * (same_type and not self.offloads),
             host=host,

@@ -26,8 +26,17 @@ from .linear_cross_entropy import linear_cross_entropy
 from .packed_attention import check_packed, packed_attention
 
 
-class QWenRMSNorm(nn.Module):
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm, computed in fp32 and scaled in the input's dtype. (Zhang & Sennrich 2019)"""
+    x = hidden_states.float()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return x.type_as(hidden_states) * weight
+
+
+class QWenRMSNorm(nn.Module):
+    """`rms_norm` with its weight."""
+
+    fused = False
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -35,9 +44,8 @@ class QWenRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return x.type_as(hidden_states) * self.weight
+        norm = FUSED[rms_norm] if self.fused and self.training else rms_norm
+        return norm(hidden_states, self.weight, self.eps)
 
 
 def ntk_alpha(length: int, seq_length: int) -> float:
@@ -70,6 +78,16 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((rotated.type_as(x), rest), dim=-1) if rest.shape[-1] else rotated.type_as(x)
 
 
+def gated(up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """What goes through a gated MLP. (SwiGLU, Shazeer 2020)"""
+    return up * F.silu(gate)
+
+
+FUSED = {function: torch.compile(function, dynamic=True) for function in (rms_norm, apply_rotary, gated)}
+"""Each in one pass over its tensors, forward and backward, compiled when first called: for modules whose `fused` is
+set, in training."""
+
+
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
     """Attention in plain PyTorch; the interface of Transformers' `ALL_ATTENTION_FUNCTIONS`."""
     scores = query @ key.transpose(-1, -2) * scaling
@@ -84,6 +102,7 @@ class QWenAttention(nn.Module):
     """Multi-head attention with one fused projection (with bias) for query, key and value."""
 
     is_causal = True
+    fused = False
 
     def __init__(self, config: QWenConfig, layer_idx: int):
         super().__init__()
@@ -102,7 +121,8 @@ class QWenAttention(nn.Module):
         batch, length = hidden_states.shape[:2]
         qkv = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C)
-        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        rotate = FUSED[apply_rotary] if self.fused and self.training else apply_rotary
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
         if logn_scale is not None:
             query = query * logn_scale.type_as(query)
         if past_key_values is not None:
@@ -121,6 +141,8 @@ class QWenAttention(nn.Module):
 class QWenMLP(nn.Module):
     """Gated MLP: c_proj(w1(x) * silu(w2(x)))."""
 
+    fused = False
+
     def __init__(self, config: QWenConfig):
         super().__init__()
         width, bias = config.intermediate_size // 2, not config.no_bias
@@ -129,7 +151,8 @@ class QWenMLP(nn.Module):
         self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(self.w1(hidden_states) * F.silu(self.w2(hidden_states)))
+        gate = FUSED[gated] if self.fused and self.training else gated
+        return self.c_proj(gate(self.w1(hidden_states), self.w2(hidden_states)))
 
 
 class QWenBlock(GradientCheckpointingLayer):

@@ -1,0 +1,124 @@
+"""The comparison at true size, on one GPU: random weights of Qwen-1.8B and 7B with CLIP-ViT-L/14, in bf16.
+
+    python benchmarks/gpu.py [--work DIR] [--minutes 9] [--small]
+
+Makes weights and JPEG shards in the work folder (25 GB; kept for the next time), then trains, for each of 1.8B with the
+projector, 1.8B with the language model too, and 7B with the projector: this trainer, HF Trainer under DeepSpeed ZeRO-2
+and, for 1.8B, a plain PyTorch loop around our model. All must have the same losses and gradient norms. Prints a table:
+useful tokens and images a second, MFU, HFU, peak memory beside what was planned, and the share of the time that goes
+into waiting for data. What there is no time for is "not measured". --small: the same program with the small models, on
+whatever device there is, as a rehearsal.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rounds import Arm, compare, tokens_per_second
+from speed_task import PACK, write_config, write_shards, write_small_models
+
+from trainer.config import Config
+from trainer.memory import usable
+from trainer.meters import peak_flops
+
+RUNS = [("1.8b", "stage 1", ["ours", "hf", "pytorch"]), ("1.8b", "stage 2", ["ours", "hf", "pytorch"]),
+        ("7b", "stage 1", ["ours", "hf"])]  # fmt: skip
+FOLDERS = {"1.8b": "Qwen-1_8B", "7b": "Qwen-7B"}
+ROUNDS, STEPS, PACKS = 2, 3, (8, 2)
+NAMES = {"ours": "this trainer", "hf": "HF Trainer, tuned, ZeRO-2", "pytorch": "plain PyTorch loop, our model"}
+FASTER = {("1.8b", "stage 1"): 3.0, ("1.8b", "stage 2"): 2.0}
+"""Times faster than HF Trainer, aimed at on an H100; and 50 % MFU of 7B in stage 1."""
+SLOWEST = 120
+"""Seconds that a comparison may need: with less left, it is not begun."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu_benchmark"))
+    parser.add_argument("--minutes", type=float, default=9.0, help="in which all must be done; default: 9")
+    parser.add_argument("--small", action="store_true", help="the small models: a rehearsal")
+    args = parser.parse_args()
+    if not (args.small or torch.cuda.is_available()):
+        sys.exit("there is no GPU here: `--small` rehearses without one")
+    ends = time.monotonic() + 60 * args.minutes
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    small = args.small
+    write_small_models(work / "small")
+    shards = work / ("small-llava" if small else "llava")
+    write_shards(shards, "llava", 1200, 1 if small else 4)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    print(f"{device}, PyTorch {torch.__version__}, {'fp32, small models' if small else 'bf16'}, LLaVA-like lengths\n")
+    print("| model | trained | arm | useful tokens / s | images / s | MFU | HFU | peak memory, GiB | planned | waiting "
+          "for data | times |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    later = None if small else write_models(work, "1.8b", wait=True) or write_models(work, "7b", wait=False)
+    for model, stage, names in RUNS:
+        if later is not None and model == "7b":
+            later.wait()
+        if time.monotonic() + SLOWEST > ends:
+            print(f"| {model} | {stage} | all | not measured | | | | | | | |")
+            continue
+        config = work / f"{model}-{stage.replace(' ', '')}.yaml"
+        clip = work / "clip-vit-large-patch14"
+        folders = (work / "small/qwen", work / "small/clip") if small else (work / FOLDERS[model], clip)
+        data = {"max_length": PACK, "num_workers": 1} if small else {"max_length": 4 * PACK, "num_workers": 6}
+        write_config(config, stage, shards, folders, PACKS, data=data, train={"bf16": not small})
+        report(model, stage, config, compare(names, config, 1 if small else 2, ROUNDS, STEPS, by_turns=False))
+
+
+def write_models(work: Path, size: str, wait: bool) -> subprocess.Popen | None:
+    """Random weights in the official layout, with a small vocabulary beside them. Not to be waited for: the process."""
+    program = [sys.executable, str(Path(__file__).with_name("random_models.py")), "--out", str(work)]
+    vocabulary = str(work / "small/qwen/qwen.tiktoken")
+    process = subprocess.Popen([*program, "--language-model", size, "--tiktoken", vocabulary], stdout=sys.stderr)
+    if not wait:
+        return process
+    if process.wait():
+        sys.exit("the weights could not be written")
+    return None
+
+
+def report(model: str, stage: str, config: Path, arms: dict[str, Arm]) -> None:
+    """Prints the lines of one comparison."""
+    ours = arms["ours"]
+    tokens = [step["tokens"] for step in ours.steps]
+    images = sum(step["images"] for step in ours.steps) / sum(tokens)
+    tflops = statistics.median(step["tflops"] for step in ours.steps)
+    seconds = statistics.median(ours.seconds)
+    peak = peak_flops(torch.cuda.get_device_name(), True) if torch.cuda.is_available() else None
+    for name, arm in arms.items():
+        own = statistics.median(arm.seconds)
+        rate = tokens_per_second(arm, tokens)
+        mfu = f"{tflops * 1e12 * seconds / own / peak:.1%}" if peak else "not known"
+        hfu = f"{statistics.median(step['hfu'] for step in arm.steps):.1%}" if peak and arm is ours else ""
+        plan = f"{planned(config) / 2**30:.1f}" if arm is ours else ""
+        waiting = ""
+        if arm is not arms.get("hf"):
+            waiting = f"{sum(step['data_time'] for step in arm.steps) / sum(f['seconds'] for f in arm.rounds):.1%}"
+        times = "" if arm is ours else f"{own / seconds:.2f}"
+        if name == "hf" and (model, stage) in FASTER:
+            times += f" (aim {FASTER[model, stage]})"
+        memory = max(found["peak"] for found in arm.rounds) / 2**30
+        cells = (model, stage, NAMES[name], f"{rate:,.0f}", f"{rate * images:,.1f}", mfu, hfu, f"{memory:.1f}", plan)
+        print("| " + " | ".join((*cells, waiting, times)) + " |", flush=True)
+
+
+def planned(config: Path) -> float:
+    """Bytes at the peak of this trainer's tensors, as the plan has it."""
+    from trainer.activations import activation_bytes
+    from trainer.run_plan import make_plan
+
+    plan: Any = make_plan(Config.load(config), 1)
+    room = usable(torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 2.0**40)
+    batch = plan.rows.largest_batch(plan.config)
+    return plan.own.sharding.states().total(activation_bytes(plan.model, batch, plan.recompute_every(room)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Whether steps grow slower, or memory larger, over a long run.
+
+    python benchmarks/slope.py [--steps 2000]
+
+Trains a tiny model so many steps as a run does (data workers, packs, ZeRO-2, metrics), and fits a line through the
+seconds and through the process's memory of its steps, the first tenth left out. Leaves with 1 if, over the whole run,
+steps become more than 5 % slower or memory grows by more than 2 %, as the slope has it.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+
+from demo_task import write_shards, write_vocabulary
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from trainer.config import Config
+from trainer.dist import distributed, world_from_environment
+from trainer.models.configuration_qwen import QWenConfig
+from trainer.models.modeling_qwen import QWenLMHeadModel
+
+SLOWER, LARGER = 0.05, 0.02
+"""Over the whole run, relative to its median."""
+
+
+def write_run(folder: Path, steps: int) -> Path:
+    """A tiny model, its shards and its configuration."""
+    QWenLMHeadModel(
+        QWenConfig(vocab_size=800, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, kv_channels=32,
+                   intermediate_size=344, seq_length=256)
+    ).save_pretrained(folder / "qwen")  # fmt: skip
+    write_vocabulary(folder / "qwen" / "qwen.tiktoken", seed=0)
+    CLIPVisionModel(
+        CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         image_size=48, patch_size=16)
+    ).save_pretrained(folder / "clip")  # fmt: skip
+    write_shards(folder / "shards", 500, seed=0, with_questions=True)
+    config = {
+        "run": {"output_dir": str(folder / "run")},
+        "model": {"language_model": str(folder / "qwen"), "vision_tower": str(folder / "clip")},
+        "data": {"train": [{"name": "drawn", "shards": str(folder / "shards" / "*.tar")}], "max_length": 256,
+                 "packing": True, "num_workers": 1},
+        "train": {"max_steps": steps, "global_batch_size": 2, "micro_batch_size": 1, "bf16": False},
+        "eval": {"every_steps": 0}, "checkpoint": {"save_steps": 10 * steps},
+    }  # fmt: skip
+    (folder / "slope.yaml").write_text(yaml.safe_dump(config))
+    return folder / "slope.yaml"
+
+
+def growth(values: np.ndarray) -> float:
+    """Of a line through the values, from its start to its end, relative to their median. Each value is the median of
+    its neighbourhood: a pause of the machine says nothing."""
+    blocks = np.array([np.median(block) for block in np.array_split(values, 50)])
+    slope, _ = np.polyfit(np.arange(len(blocks)), blocks, 1)
+    return float(slope * (len(blocks) - 1) / np.median(blocks))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    args = parser.parse_args()
+    from trainer import train as loop
+    from trainer.setup import setup
+
+    process, memory, step = psutil.Process(), [], loop.train_step
+
+    def noting_step(*arguments):
+        line = step(*arguments)
+        memory.append(process.memory_info().rss)
+        return line
+
+    loop.train_step = noting_step
+    world = world_from_environment()
+    with tempfile.TemporaryDirectory() as folder, distributed(world):
+        config = Config.load(write_run(Path(folder), args.steps), [], world.world_size)
+        state = setup(config, world, "none")
+        loop.train(state)
+        state.engine.destroy()
+        lines = [json.loads(line) for line in (state.output_dir / "metrics.jsonl").read_text().splitlines()]
+    first = args.steps // 10
+    seconds = np.array([line["step_time"] for line in lines[first:]])
+    resident = np.array(memory[first:], dtype=float)
+    slower, larger = growth(seconds), growth(resident)
+    print(f"{args.steps:,} steps of {np.median(seconds) * 1000:.0f} ms in {np.median(resident) / 2**20:,.0f} MiB: over "
+          f"the run, a step takes {slower:+.1%} time and {larger:+.1%} memory")  # fmt: skip
+    if slower > SLOWER or larger > LARGER:
+        sys.exit(f"expected at most {SLOWER:+.0%} and {LARGER:+.0%}")
+
+
+if __name__ == "__main__":
+    main()

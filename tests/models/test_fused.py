@@ -1,0 +1,43 @@
+"""Fused element-wise work computes what the plain functions do, forward and backward."""
+
+import shutil
+
+import pytest
+import torch
+from shapes import batch_of, small_model
+
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.freeze import freeze
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize("frozen", [["vision_tower", "language_model"], ["vision_tower"]], ids=["align", "instruct"])
+def test_loss_and_gradients_are_those_of_the_plain_functions(frozen):
+    model = small_model()
+    freeze(model, frozen)
+    found = []
+    for fused in (False, True):
+        for module in model.modules():
+            if hasattr(module, "fused"):
+                module.fused = fused
+        for packed in (True, False):
+            torch.manual_seed(1)
+            inputs, _ = batch_of(model, packed)
+            model.zero_grad()
+            loss = model(**inputs, loss_only=True, use_cache=False).loss
+            loss.backward()
+            found.append([loss.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, fused in zip(found[:2], found[2:], strict=True):
+        assert len(plain) == len(fused) > 4
+        for expected, own in zip(plain, fused, strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-6)
+    # That it was the fused functions that ran: they round otherwise somewhere.
+    assert any(not torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+
+
+def test_without_a_compiler_it_is_refused_by_name(tiny_run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"model.fuse_elementwise: .*C\+\+ compiler"):
+        Config.load(tiny_run, ["model.fuse_elementwise=true"], world_size=1)
