@@ -175,7 +175,10 @@ def setup(
     def choose() -> int:
         rows = stream_rows(config, sources, stream, reader, template, lengths)
         room = usable(torch.cuda.get_device_properties(world.device).total_memory)
-        return recompute_every(model, sharding.states(), rows.largest_batch(config), room)
+        try:
+            return recompute_every(model, sharding.states(), rows.largest_batch(config), room)
+        except ConfigError:  # layers of a kind that cannot be planned: in all
+            return 1
 
     every = config.model.activation_checkpointing
     if every == "auto":

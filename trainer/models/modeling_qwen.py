@@ -9,6 +9,8 @@ Shapes: B batch, T tokens of this call, S tokens attended (cache included), H he
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ class QWenRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        norm = FUSED[rms_norm] if self.fused and self.training else rms_norm
+        norm = one_pass(rms_norm) if self.fused and self.training else rms_norm
         return norm(hidden_states, self.weight, self.eps)
 
 
@@ -83,9 +85,11 @@ def gated(up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return up * F.silu(gate)
 
 
-FUSED = {function: torch.compile(function, dynamic=True) for function in (rms_norm, apply_rotary, gated)}
-"""Each in one pass over its tensors, forward and backward, compiled when first called: for modules whose `fused` is
-set, in training."""
+@cache
+def one_pass(function: Callable) -> Callable:
+    """An element-wise function in one pass over its tensors, forward and backward, compiled when first called: what
+    modules whose `fused` is set use in training."""
+    return torch.compile(function, dynamic=True)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
@@ -121,7 +125,7 @@ class QWenAttention(nn.Module):
         batch, length = hidden_states.shape[:2]
         qkv = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C)
-        rotate = FUSED[apply_rotary] if self.fused and self.training else apply_rotary
+        rotate = one_pass(apply_rotary) if self.fused and self.training else apply_rotary
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if logn_scale is not None:
             query = query * logn_scale.type_as(query)
@@ -151,7 +155,7 @@ class QWenMLP(nn.Module):
         self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = FUSED[gated] if self.fused and self.training else gated
+        gate = one_pass(gated) if self.fused and self.training else gated
         return self.c_proj(gate(self.w1(hidden_states), self.w2(hidden_states)))
 
 
