@@ -29,6 +29,7 @@ ARMS = {
 PACKS = 8, 4
 """Of a step, and of a micro-batch."""
 SAMPLES = 1200
+WRITTEN = {"nlvr": "NLVR", "llava": "LLaVA"}
 
 EXPECTED = {"stage 1": {"hf": 2.5, "notes": 5.0}, "stage 2": {"hf": 1.8}}
 """Times faster, aimed at."""
@@ -60,7 +61,7 @@ def main() -> None:
         draw(rows, work / "speed.svg")
     missed = [row for row in rows if row["aim"] and row["times"][0] < row["aim"]]
     for row in missed:
-        print(f"\nshort of the aim: {row['stage']}, {row['mix']}-like: {row['times'][0]:.2f} times '{row['arm']}', "
+        print(f"\nshort of the aim: {row['stage']}, {WRITTEN[row['mix']]}-like: {row['times'][0]:.2f} times '{row['arm']}', "
               f"aimed at {row['aim']}")  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def report(stage: str, mix: str, arms: dict[str, Arm]) -> list[dict[str, Any]]:
         median, lowest, highest = times
         faster = "" if arm is ours else f"{median:.2f} x ({lowest:.2f} to {highest:.2f})"
         trained = "projector" if stage == "stage 1" else "projector and language model"
-        print(f"| {trained} | {mix.upper()}-like | {ARMS[name]} | {rate:,.0f} | {arm.rounds[-1]['peak'] / 2**30:.2f} | "
+        print(f"| {trained} | {WRITTEN[mix]}-like | {ARMS[name]} | {rate:,.0f} | {arm.rounds[-1]['peak'] / 2**30:.2f} | "
               f"{faster} | {f'{aim} x' if aim else ''} |", flush=True)  # fmt: skip
     return rows
 
@@ -95,9 +96,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         bars = axis.barh([ARMS[row["arm"]] for row in found], [row["rate"] for row in found],
                          color=["#1f77b4" if row["arm"] == "ours" else "#bbbbbb" for row in found])  # fmt: skip
         axis.bar_label(bars, [f"{row['rate']:,.0f}" for row in found], padding=-30, fontsize=8)
-        axis.invert_yaxis()
-        axis.set_title(f"{panel[0]}, {panel[1].upper()}-like")
+        axis.set_title(f"{panel[0]}, {WRITTEN[panel[1]]}-like")
         axis.set_xlabel("useful tokens / s")
+    axes[0].invert_yaxis()  # which all share
     figure.savefig(file)
     print(f"\npicture: {file}", file=sys.stderr)
 
