@@ -61,8 +61,8 @@ def main() -> None:
         draw(rows, work / "speed.svg")
     missed = [row for row in rows if row["aim"] and row["times"][0] < row["aim"]]
     for row in missed:
-        print(f"\nshort of the aim: {row['stage']}, {WRITTEN[row['mix']]}-like: {row['times'][0]:.2f} times '{row['arm']}', "
-              f"aimed at {row['aim']}")  # fmt: skip
+        what = f"{row['stage']}, {WRITTEN[row['mix']]}-like"
+        print(f"\nshort of the aim: {what}: {row['times'][0]:.2f} times '{row['arm']}', aimed at {row['aim']}")
 
 
 def report(stage: str, mix: str, arms: dict[str, Arm]) -> list[dict[str, Any]]:
@@ -77,8 +77,9 @@ def report(stage: str, mix: str, arms: dict[str, Arm]) -> list[dict[str, Any]]:
         median, lowest, highest = times
         faster = "" if arm is ours else f"{median:.2f} x ({lowest:.2f} to {highest:.2f})"
         trained = "projector" if stage == "stage 1" else "projector and language model"
-        print(f"| {trained} | {WRITTEN[mix]}-like | {ARMS[name]} | {rate:,.0f} | {arm.rounds[-1]['peak'] / 2**30:.2f} | "
-              f"{faster} | {f'{aim} x' if aim else ''} |", flush=True)  # fmt: skip
+        memory = f"{arm.rounds[-1]['peak'] / 2**30:.2f}"
+        cells = (trained, f"{WRITTEN[mix]}-like", ARMS[name], f"{rate:,.0f}", memory, faster, f"{aim} x" if aim else "")
+        print("| " + " | ".join(cells) + " |", flush=True)
     return rows
 
 
