@@ -48,7 +48,6 @@ from trainer.data.samples import IGNORE_INDEX
 from trainer.dist import distributed, world_from_environment
 from trainer.evaluate import count_supervised
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
-from trainer.models.modeling_qwen import eager_attention  # noqa: F401  (what "eager" is for our model)
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.setup import TrainState, setup
 from trainer.train import train_step

@@ -5,7 +5,6 @@ import tempfile
 import time
 import weakref
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import deepspeed
@@ -17,10 +16,9 @@ from torch.utils._pytree import tree_leaves
 from trainer.config import Config
 from trainer.data.lengths import Lengths
 from trainer.data.order import MicroBatch, Row, Slot
-from trainer.data.samples import Batch
 from trainer.dist import World, on_each_host
-from trainer.evaluate import count_supervised
 from trainer.flops import BatchShape
+from trainer.meters import shape_of
 from trainer.setup import TrainState, setup
 from trainer.train import train_step
 
@@ -118,15 +116,6 @@ def largest_rows(state: TrainState) -> list[Row]:
     rows_from = np.minimum(train.micro_batch_tokens // widths, np.arange(len(widths), 0, -1))
     start = int(np.argmax(rows_from * widths))
     return [[slots[i]] for i in longest[start : start + max(1, int(rows_from[start]))]]
-
-
-def shape_of(batch: Batch) -> BatchShape:
-    """The shape of a batch that a loader has made."""
-    rows, width = batch["input_ids"].shape
-    images, supervised, ends = len(batch["pixel_values"]), count_supervised(batch), batch["document_ends"]
-    if ends is None:
-        return BatchShape(rows * width, rows * width**2, images, supervised)
-    return BatchShape(width, sum((end - start) ** 2 for start, end in pairwise([0, *ends])), images, supervised, True)
 
 
 def held(engine: deepspeed.DeepSpeedEngine) -> Held:

@@ -7,6 +7,8 @@ with what activation checkpointing computes again. (PaLM, Chowdhery et al. 2022,
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,6 +33,15 @@ def peak_flops(device_name: str, bf16: bool) -> float | None:
     """Operations a second of a device at the most; None where that is not known."""
     found = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in device_name), None)
     return found and found[0 if bf16 else 1] * 1e12
+
+
+def shape_of(batch: Batch) -> BatchShape:
+    """The shape of a batch that a loader has made."""
+    rows, width = batch["input_ids"].shape
+    images, supervised, ends = len(batch["pixel_values"]), count_supervised(batch), batch["document_ends"]
+    if ends is None:
+        return BatchShape(rows * width, rows * width**2, images, supervised)
+    return BatchShape(width, sum((end - start) ** 2 for start, end in pairwise([0, *ends])), images, supervised, True)
 
 
 class StepMeter:
@@ -78,17 +89,14 @@ class StepMeter:
         """Of a step's micro-batches on this rank: operations that its tokens need, and those that are computed."""
         if not self._counts:
             return [0.0, 0.0]
-        needed, computed = 0.0, 0.0
+        needed = computed = BatchShape.padded(0, 0, 0, 0)
         for batch in micro:
-            images, supervised = len(batch["pixel_values"]), count_supervised(batch)
-            rows, width = batch["input_ids"].shape
-            shape = BatchShape(batch["tokens"], batch["squares"], images, supervised)
-            needed += step_flops(self._model, shape).total
-            if batch["document_ends"] is None:
-                shape = BatchShape.padded(rows, width, images, supervised)
-            work = step_flops(self._model, shape, self._every)
-            computed += work.total + work.recomputed
-        return [needed, computed]
+            shape = shape_of(batch)
+            shape = replace(shape, images=max(1, shape.images))  # without an image a blank one is computed
+            needed += replace(shape, tokens=batch["tokens"], squares=batch["squares"])
+            computed += shape
+        work = step_flops(self._model, computed, self._every)
+        return [step_flops(self._model, needed).total, work.total + work.recomputed]
 
     def shares(self, needed: float, computed: float, seconds: float, ranks: int) -> dict[str, float | None]:
         """tflops: needed operations a second and rank, 10^12; mfu and hfu, or None where the peak is not known."""
