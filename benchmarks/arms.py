@@ -238,10 +238,8 @@ def hf_trainer(config: Config, clock: Clock, arguments: dict[str, Any], mask: bo
     common = {
         "output_dir": config.run.output_dir, "max_steps": state.last_step, "logging_steps": 1, "report_to": [],
         "save_strategy": "no", "disable_tqdm": True, "gradient_accumulation_steps": batches.parts, "seed": 0,
-        "lr_scheduler_type": "constant", "learning_rate": optim.learning_rate, "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.betas[0], "adam_beta2": optim.betas[1], "max_grad_norm": optim.max_grad_norm,
-        "optim": "adamw_torch_fused", "bf16": config.train.bf16, "use_cpu": not torch.cuda.is_available(),
-        "remove_unused_columns": False,
+        "lr_scheduler_type": "constant", "max_grad_norm": optim.max_grad_norm, "bf16": config.train.bf16,
+        "use_cpu": not torch.cuda.is_available(), "remove_unused_columns": False,
     }  # fmt: skip
     model = model_of(state.engine.module)
     groups = (
