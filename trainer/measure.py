@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -169,7 +170,8 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, int] = {}
         self._bytes = self.peak = 0
         for found in gc.get_objects():
-            if issubclass(type(found), torch.Tensor) and found.device.type != "meta":
+            # What torch.compile traced with has shapes, and no bytes.
+            if issubclass(type(found), torch.Tensor) and not isinstance(found, FakeTensor) and not found.is_meta:
                 self._note(found)
         return super().__enter__()
 

@@ -46,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None and grad.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.t(), chunk)
+                torch.addmm(grad_weight, grad.t(), chunk, out=grad_weight)
             elif grad_weight is not None:
                 grad_weight += grad.t() @ chunk
             del logits, grad  # before the next chunk's are made
