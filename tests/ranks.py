@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 TIMINGS = ("step_time", "data_time", "forward_time", "backward_time", "optimizer_time", "tflops", "mfu", "hfu")
 """Keys of a line of metrics.jsonl in which equal runs differ."""
 
@@ -18,10 +20,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+SERVER = multiprocessing.get_context("forkserver")
+"""Ranks are forked from a process that has imported what they need, once for all tests, and done nothing else."""
+SERVER.set_forkserver_preload(["trainer.train", "trainer.measure", "pytest"])
+
+
 def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple, results: Any) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # the models are tiny
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)  # the models are tiny
     from trainer.dist import distributed, world_from_environment
 
     with distributed(world_from_environment()) as world:
@@ -30,10 +38,9 @@ def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple
 
 def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 600) -> list[Any]:
     """`function(world, *args)` on so many ranks; their results by rank. A rank that fails or hangs fails the test."""
-    context = multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
+    results, port = SERVER.Queue(), free_port()
     processes = [
-        context.Process(target=_rank, args=(function, rank, world_size, port, args, results))
+        SERVER.Process(target=_rank, args=(function, rank, world_size, port, args, results))
         for rank in range(world_size)
     ]
     for process in processes:
