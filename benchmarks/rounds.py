@@ -105,7 +105,7 @@ def gate(names: list[str], steps: list[list[dict[str, Any]]]) -> None:
     for name, of_arm in zip(names, steps, strict=True):
         for number, (found, expected) in enumerate(zip(of_arm, steps[-1], strict=True), start=1):
             for what, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", NORM_TOLERANCE)):
-                if abs(found[what] - expected[what]) > tolerance * abs(expected[what]):
+                if not abs(found[what] - expected[what]) <= tolerance * abs(expected[what]):  # NaN is not either
                     sys.exit(f"step {number}: {what} of '{name}' is {found[what]}, of '{names[-1]}' {expected[what]}: "
                              "the arms do not train the same")  # fmt: skip
 

@@ -41,6 +41,8 @@ def main() -> None:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # injected by DeepSpeed's launcher
     args = parser.parse_args()
+    if args.profile < 0:
+        parser.error(f"--profile {args.profile}: expected a number of steps")
 
     try:
         with StopRequest() as stop:

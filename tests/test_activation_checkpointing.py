@@ -2,10 +2,15 @@
 
 import pytest
 import torch
-from shapes import batch_of, small_model
+from shapes import batch_of, newer_model, small_model
 
+from trainer.config import Config
 from trainer.engine import checkpoint_activations
+from trainer.flops import BatchShape
 from trainer.freeze import freeze
+from trainer.memory import States
+from trainer.recomputation import recompute_every
+from trainer.rows import Rows
 
 FROZEN = {"align": ["vision_tower", "language_model"], "instruct": ["vision_tower"],
           "upper layers": ["vision_tower", "projector", "language_model.layers.0-1", "wte"]}  # fmt: skip
@@ -27,7 +32,7 @@ def test_recomputed_layers_give_the_same_gradients(name, every):
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_every_so_manieth_layer_is_recomputed_of_those_with_a_backward_pass():
+def test_every_k_th_layer_is_recomputed_of_those_with_a_backward_pass():
     model = small_model()
     freeze(model, FROZEN["upper layers"])
     inputs, _ = batch_of(model, packed=False)
@@ -40,3 +45,20 @@ def test_every_so_manieth_layer_is_recomputed_of_those_with_a_backward_pass():
     model(**inputs, loss_only=True, use_cache=False).loss.backward()
     # Layers 0 and 2 would be recomputed; but nothing trains up to layer 1.
     assert computed == [1, 1, 2, 1]
+
+
+def test_layers_of_a_kind_that_cannot_be_planned_are_all_recomputed():
+    model, states, shape = newer_model(), States(0, 0, 0, 0, 0), BatchShape.padded(2, 256, 2, 40)
+    assert recompute_every(model, states, shape, 1e12) == 0
+    del model.language_model.model.layers[1].mlp.gate_proj
+    assert recompute_every(model, states, shape, 1e12) == 1
+
+
+def test_a_budget_of_tokens_may_be_full_of_the_rows_with_most_pictures(tiny_run):
+    widest = BatchShape.padded(1, 2048, 2, 500)
+    rows = Rows(widest, widest, images_a_token=1 / 300, padding=0, epoch_size=None, last_step=None, known=[])
+    of_rows = Config.load(tiny_run, ["train.micro_batch_size=4"], world_size=1)
+    assert rows.largest_batch(of_rows) == widest * 4
+    of_tokens = Config.load(tiny_run, ["train.micro_batch_tokens=8192"], world_size=1)
+    assert rows.largest_batch(of_tokens).tokens == 8192
+    assert rows.largest_batch(of_tokens).images == pytest.approx(8192 / 300)

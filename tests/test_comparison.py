@@ -1,5 +1,6 @@
 """The comparisons compare like with like: the peers' model computes what ours does, and differences stop them."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_arms_that_do_not_train_the_same_stop_the_comparison():
 
     step = {"loss": 2.0, "grad_norm": 1.0}
     gate(["a", "b"], [[step], [{"loss": 2.0001, "grad_norm": 1.001}]])
-    for other in ({"loss": 2.01}, {"grad_norm": 1.3}):
+    for other in ({"loss": 2.01}, {"grad_norm": 1.3}, {"loss": math.nan}, {"grad_norm": math.nan}):
         with pytest.raises(SystemExit, match="do not train the same"):
             gate(["a", "b"], [[step], [step | other]])
 

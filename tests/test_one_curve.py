@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ MODES = {
     # The same packs: plainly, with activations recomputed in every second layer, with fused functions.
     "how it is computed": (
         ["data.packing=true", "train.global_batch_size=4", "train.micro_batch_size=1"],
-        ["data.num_workers=0", "model.activation_checkpointing=2", "model.fuse_elementwise=true"],
+        ["data.num_workers=0", "model.activation_checkpointing=2"]
+        + ["model.fuse_elementwise=true"] * bool(shutil.which("g++")),
     ),
     # Samples of like length together: the micro-batches of a step differ in number and size.
     "token budget": ([], [f"train.micro_batch_tokens={n}" for n in (128, 300)]),

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,12 @@ def refusals(world, config_file: str, folder: str) -> dict[str, str]:
     attempt("version", load())
     preflight.metadata.version = version
 
+    os.environ["CXX"] = "no-such-compiler" if world.rank == 1 else sys.executable
+    attempt("compiler unused", load())
+    settings.append("model.fuse_elementwise=true")
+    attempt("compiler", load())
+    settings.pop()
+
     all_reduce = torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda tensor: all_reduce(tensor).__class__ if world.rank == 0 else (
         all_reduce(tensor), tensor.add_(1))  # fmt: skip
@@ -77,6 +84,9 @@ def test_ranks_that_differ_are_refused_by_host(tiny_run, tmp_path):
     where = f"on host {HOST} (rank 1)"
     assert first["configuration"].startswith(f"ranks differ from rank 0 on host {HOST}:")
     assert f"configuration optim: learning_rate is 0.5, not 0.002, {where}" in first["configuration"]
+    assert first["compiler unused"] == "fits"
+    assert first["compiler"].startswith("model.fuse_elementwise: torch.compile needs a C++ compiler")
+    assert f"\n  - {HOST}: no-such-compiler\n" in first["compiler"]
     assert f"configuration train: max_steps is 7, not 10, {where}" in first["configuration"]
     assert "DeepSpeed's settings: zero_optimization is {'stage': 1}, not " in first["DeepSpeed"]
     assert f"code (trainer/, launch/): 0123, not {preflight.code_hash(preflight.ROOT)}, {where}" in first["code"]

@@ -6,10 +6,32 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+from commands import ROOT, command
 from ranks import free_port
 
-ROOT = Path(__file__).resolve().parents[1]
+from trainer.profiling import communication_seconds
+
+
+def event(key: str, micros: float, annotation: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        key=key, cpu_time_total=micros, self_device_time_total=0.0 if key.startswith("gloo") else micros,
+        is_user_annotation=annotation,
+    )  # fmt: skip
+
+
+def test_communication_is_that_of_kernels_not_of_the_names_given_to_them():
+    found = [event("ncclDevKernel_AllReduce", 2e6), event("nccl:all_reduce", 2e6, annotation=True), event("gemm", 5e6)]
+    assert communication_seconds(SimpleNamespace(key_averages=lambda: found)) == 2.0
+    found = [event("gloo:all_reduce", 1e6, annotation=True), event("aten::mm", 5e6)]
+    assert communication_seconds(SimpleNamespace(key_averages=lambda: found)) == 1.0
+
+
+def test_a_number_of_steps_below_zero_is_refused(tiny_run):
+    done = command("python", "launch/train.py", "--config", str(tiny_run), "--profile", "-1")
+    assert done.returncode == 2
+    assert "--profile -1: expected a number of steps" in done.stderr
 
 
 def test_a_profile_shows_the_parts_of_the_steps_that_it_was_asked_for(tiny_run, tmp_path):

@@ -1,7 +1,6 @@
 """What is wrong with a configuration, all at once, without reading weights or data."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +35,6 @@ def _check_model(model: "ModelConfig") -> list[str]:
             f"model.activation_checkpointing: {every}: expected true, false, auto, or a number k above 0, "
             f"for every k-th layer"
         )
-    if model.fuse_elementwise and not any(map(shutil.which, COMPILERS)):
-        errors.append(
-            f"model.fuse_elementwise: torch.compile needs a C++ compiler ({', '.join(COMPILERS)}), and none is on the "
-            f"PATH: install one, or leave it out"
-        )
     folders = {**parts, "init_from": model.init_from, "tokenizer": model.tokenizer}
     for name, folder in folders.items():
         if folder and not Path(folder).is_dir():
@@ -49,8 +43,6 @@ def _check_model(model: "ModelConfig") -> list[str]:
             errors += _check_model_type(f"model.{name}", Path(folder), MODEL_TYPES[name])
     return errors
 
-
-COMPILERS = ("g++", "clang++", "c++")
 
 MODEL_TYPES = {
     "language_model": ("qwen", "qwen2", "qwen3"),

@@ -198,7 +198,7 @@ def check_same(what: str, value: str) -> None:
 def ask_ranks(flag: bool, device: torch.device) -> torch.Tensor:
     """Asks whether any rank has a flag up: above 0 where one has. The answer is on its way: to look at it waits for it.
     All ranks call this."""
-    asked = torch.tensor(float(flag), device=device)
+    asked = torch.full((), float(flag), device=device)  # filled there: nothing waits for a copy
     torch.distributed.all_reduce(asked)
     return asked
 

@@ -16,6 +16,7 @@ from trainer.dist import World
 from trainer.engine_files import RecordingCheckpointEngine
 from trainer.errors import ConfigError
 from trainer.flops import is_recomputed
+from trainer.memory import Sharding
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.paths import find_deepspeed
 
@@ -39,14 +40,12 @@ def build_engine(
     settings: of `deepspeed_settings`. recompute_every: of `checkpoint_activations`.
     """
     checkpoint_activations(model, recompute_every)
-    for module in model.modules():
-        if hasattr(module, "fused"):
-            module.fused = config.model.fuse_elementwise
+    if config.model.fuse_elementwise:
+        fuse_elementwise(model)
     groups = parameter_groups(model, config.optim)
     # DeepSpeed fills a bucket of gradients before it reduces them: one for more than there are only takes memory.
-    zero, trained = settings["zero_optimization"], sum(p.numel() for group in groups for p in group["params"])
-    bucket = min(zero.get("reduce_bucket_size", DeepSpeedZeroConfig().reduce_bucket_size), trained)
-    settings = {**settings, "zero_optimization": {**zero, "reduce_bucket_size": bucket}}
+    bucket = Sharding.of(model, config.optim, settings, world_size=1).bucket_size  # the same on any number of ranks
+    settings = {**settings, "zero_optimization": {**settings["zero_optimization"], "reduce_bucket_size": bucket}}
     optimizer = build_optimizer(groups, config.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.checkpoint_engine = RecordingCheckpointEngine(engine.checkpoint_engine)
@@ -55,8 +54,18 @@ def build_engine(
     return engine
 
 
+def fuse_elementwise(model: PreTrainedModel) -> None:
+    """Has norms, rotary embedding and gates computed in one pass each. Raises ConfigError if nothing of the model
+    can."""
+    able = [module for module in model.modules() if hasattr(module, "fused")]
+    if not able:
+        raise ConfigError("model.fuse_elementwise: only language models of Qwen (v1) can; leave it out")
+    for module in able:
+        module.fused = True
+
+
 def checkpoint_activations(model: Any, every: int) -> None:
-    """Has every so-manieth layer of tower and language model recompute its activations in the backward pass; 0: none.
+    """Has every k-th layer of tower and language model recompute its activations in the backward pass; 0: none.
 
     Not by the switch of Transformers, which makes the outputs of all embeddings want a gradient: it would run through
     frozen layers to the first. The non-reentrant kind does without. Layers with nothing to train at or before them keep

@@ -87,7 +87,7 @@ def trains(*modules: nn.Module) -> bool:
 
 
 def is_recomputed(layer: int, every: int) -> bool:
-    """Whether activation checkpointing of every so-manieth layer (0: of none) recomputes the one of this number."""
+    """Whether activation checkpointing of every k-th layer (0: of none) recomputes the one of this number."""
     return every > 0 and layer % every == 0
 
 

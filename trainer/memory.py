@@ -332,22 +332,6 @@ def largest_batch(
     return bisect.bisect_left(range(1, most + 1), True, key=too_large)
 
 
-def recompute_every(model: MQWenForConditionalGeneration, states: States, batch: BatchShape, room: float) -> int:
-    """In how few layers activations must be recomputed for a batch to fit into so many bytes of a rank's accelerator:
-    every so-manieth, of `SPARSEST` on; 0: in none; 1: in all, which may not be enough either."""
-    sparse = (0, *range(SPARSEST, 1, -1))
-    return next((n for n in sparse if states.total(activation_bytes(model, batch, n)) <= room), 1)
-
-
-SPARSEST = 8
-"""Every eighth layer: fewer save little."""
-
-
-def in_words(every: int) -> str:
-    """What happens to the activations of the layers."""
-    return {0: "kept", 1: "recomputed"}.get(every, f"recomputed in one layer of {every}")
-
-
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 """In bytes. `--gpu-memory` takes each; figures are shown in the last two."""
 

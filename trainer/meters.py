@@ -4,6 +4,7 @@ MFU counts what the model needs for the real tokens, frozen parts as they are; H
 with what activation checkpointing computes again. (PaLM, Chowdhery et al. 2022, appendix B)
 """
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +26,18 @@ PEAK_TFLOPS = {
     "H20": (148, 44), "A100": (312, 19.5), "A800": (312, 19.5), "L40S": (362, 91.6), "L40": (181, 90.5),
     "A40": (150, 37.4), "RTX 4090": (165, 82.6), "RTX 3090": (71, 35.6),
 }  # fmt: skip
-"""By a part of the device's name, the first that fits: bf16 with dense matrices and fp32 sums, and fp32. (source:
+"""By words of the device's name, the first that fit: bf16 with dense matrices and fp32 sums, and fp32. (source:
 NVIDIA's data sheets)"""
+
+OTHERS = re.compile(r"\b(MIG|Laptop|Ti|SUPER|Max-Q|D)\b")
+"""Words of devices that are less, or more, than their name's other words say."""
 
 
 def peak_flops(device_name: str, bf16: bool) -> float | None:
     """Operations a second of a device at the most; None where that is not known."""
-    found = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in device_name), None)
+    if OTHERS.search(device_name):
+        return None
+    found = next((peaks for words, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", device_name)), None)
     return found and found[0 if bf16 else 1] * 1e12
 
 

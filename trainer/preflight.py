@@ -42,6 +42,8 @@ def preflight(config: Config, world: World) -> None:
     started = time.monotonic()
     hosts = gather(socket.gethostname())
     _check_same_facts(hosts, gather(facts(config, world)))
+    if config.model.fuse_elementwise:
+        _check_compiler(hosts)
     _check_shared(Path(config.run.output_dir), world, hosts)
     _check_collectives(world, hosts)
     seconds = time.monotonic() - started
@@ -89,6 +91,17 @@ def _differences(here: str, there: str) -> str:
         return f"{here}, not {there},"
     keys = [key for key in {**mine, **others} if mine.get(key) != others.get(key)]
     return "; ".join(f"{key} is {mine.get(key)}, not {others.get(key)}," for key in keys)
+
+
+def _check_compiler(hosts: list[str]) -> None:
+    compiler = os.environ.get("CXX") or "g++"  # as torch.compile has it
+    found = gather(None if shutil.which(compiler) else compiler)
+    missing = sorted({f"{host}: {name}" for host, name in zip(hosts, found, strict=True) if name})
+    if missing:
+        raise _refused(
+            "model.fuse_elementwise: torch.compile needs a C++ compiler, and these are not on the PATH", missing,
+            "install it there, name another with CXX, or leave the setting out",
+        )  # fmt: skip
 
 
 def _check_shared(output_dir: Path, world: World, hosts: list[str]) -> None:

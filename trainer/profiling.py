@@ -29,7 +29,8 @@ def profiled(steps: int, folder: Path, rank: int) -> Iterator[Callable[[dict], N
     def finish(found: Any) -> None:
         measured = lines[BEFORE:]
         if not measured:
-            return  # the run has ended before
+            log.warning("no profile: the run has ended before its third step")
+            return
         folder.mkdir(parents=True, exist_ok=True)
         trace = folder / f"steps-{measured[0]['step']:06d}-{measured[-1]['step']:06d}-rank{rank}.json.gz"
         found.export_chrome_trace(str(trace))
@@ -53,7 +54,7 @@ def communication_seconds(found: Any) -> float:
     for event in found.key_averages():
         if event.key.startswith("gloo:"):
             seconds += event.cpu_time_total / 1e6
-        elif "nccl" in event.key.lower() and event.self_device_time_total:
+        elif "nccl" in event.key.lower() and not event.is_user_annotation:  # which names kernels that are there too
             seconds += event.self_device_time_total / 1e6
     return seconds
 

@@ -35,6 +35,8 @@ class Rows:
     """The row that takes most memory: as long as one may be, with as many pictures as one had, all its text learnt."""
     mean: BatchShape
     """Of a row, without padding."""
+    images_a_token: float
+    """Of the row that has most of them."""
     padding: float
     """Share of the computed positions that are padding."""
     epoch_size: int | None
@@ -45,8 +47,12 @@ class Rows:
     """What this was found out from, in words."""
 
     def largest_batch(self, config: Config) -> BatchShape:
-        """A micro-batch of the widest rows, as many as are set; of a budget of tokens, as many as it holds."""
-        return self.widest * self.micro_rows(config)
+        """A micro-batch of the widest rows, as many as are set; of a budget of tokens, as many as it holds, and as many
+        pictures as if all its rows were the shortest ones with pictures."""
+        batch = self.widest * self.micro_rows(config)
+        if config.train.micro_batch_tokens is None:
+            return batch
+        return replace(batch, images=max(batch.images, self.images_a_token * batch.tokens))
 
     def micro_rows(self, config: Config) -> float:
         """Rows of that micro-batch."""
@@ -77,7 +83,7 @@ def full_rows(config: Config, image_length: int) -> Rows:
     widest = replace(mean, squares=length**2, supervised=length - mean.images * image_length)
     missing = ", ".join(f"'{pattern}'" for pattern in missing_shards(config.data.train))
     known = [f"no data: {missing} matches no file here; assumed are full rows of data.max_length={length:,} tokens"]
-    return Rows(widest, mean, 0.0, None, config.train.max_steps, known)
+    return Rows(widest, mean, widest.images / length, 0.0, None, config.train.max_steps, known)
 
 
 def open_rows(config: Config, template: ChatTemplate) -> Rows:
@@ -121,7 +127,8 @@ def stream_rows(
               f"learnt, {mean.images:.2g} pictures"]  # fmt: skip
     return Rows(
         BatchShape(longest, longest**2, images, max(text, mean.supervised), config.data.packing), mean,
-        _padding(config, found), stream.sources[0].order.epoch_size if len(stream.sources) == 1 else None,
+        max(shape.images / shape.tokens for shape in found), _padding(config, found),
+        stream.sources[0].order.epoch_size if len(stream.sources) == 1 else None,
         last_step(config, stream), known,
     )  # fmt: skip
 

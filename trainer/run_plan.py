@@ -25,15 +25,14 @@ from trainer.memory import (
     Option,
     checkpoint_bytes,
     format_bytes,
-    in_words,
     largest_batch,
     most_checkpoints,
     options,
-    recompute_every,
     unit_of,
     usable,
 )
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+from trainer.recomputation import in_words, recompute_every
 from trainer.rows import Rows, full_rows, missing_shards, open_rows
 from trainer.tokenizer import load_tokenizer
 
@@ -232,7 +231,9 @@ def _recommended(plan: Plan, gpu_memory: float) -> list[str]:
     """Whether the run fits as it is set, and what would be fastest: the fewest words over the network and the least
     work twice, as long as micro-batches are of a size."""
     room, own = usable(gpu_memory), plan.own
-    fits = plan.fitting(own, plan.recompute_every(room), room) >= plan.micro_rows
+    largest, every = plan.rows.largest_batch(plan.config), plan.recompute_every(room)
+    assert own.sharding is not None
+    fits = own.sharding.states().total(activation_bytes(plan.model, largest, every)) <= room
     lines = [f"as configured it {'fits' if fits else 'does NOT fit'}"]
     by_name = {option.name: option for option in plan.options if option.file and option.sharding}
     order = [("ZeRO-2", 0), ("ZeRO-3", 0), ("ZeRO-2", 1), ("ZeRO-3", 1), ("ZeRO-3, offload", 1)]

@@ -5,6 +5,7 @@ setup(config) -> TrainState
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,10 +34,11 @@ from trainer.freeze import describe_trained, freeze, table
 from trainer.guard import StepGuard
 from trainer.ledger import Ledger
 from trainer.load import check_handover, image_transform, load_model
-from trainer.memory import Sharding, checkpoint_bytes, in_words, recompute_every, usable
+from trainer.memory import Sharding, checkpoint_bytes, usable
 from trainer.meters import StepMeter
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.preflight import check_disk
+from trainer.recomputation import in_words, recompute_every
 from trainer.rows import stream_rows
 from trainer.run_lock import RunLock
 from trainer.saving import Saver
@@ -172,21 +174,14 @@ def setup(
     if saves and run.step < steps:
         on_main_rank(world, lambda: check_disk(config, steps, checkpoint_bytes(sharding), resumed_from))
 
-    def choose() -> int:
-        rows = stream_rows(config, sources, stream, reader, template, lengths)
-        room = usable(torch.cuda.get_device_properties(world.device).total_memory)
-        try:
-            return recompute_every(model, sharding.states(), rows.largest_batch(config), room)
-        except ConfigError:  # layers of a kind that cannot be planned: in all
-            return 1
+    def choose(gpu_memory: float) -> int:
+        with open_reader(sources, data, cache) as own:  # what it has opened is closed again
+            batch = stream_rows(config, sources, stream, own, template, lengths).largest_batch(config)
+        return recompute_every(model, sharding.states(), batch, usable(gpu_memory))
 
-    every = config.model.activation_checkpointing
-    if every == "auto":
-        every = on_main_rank(world, choose) if world.device.type == "cuda" else 0
-        log.info("activations are %s (model.activation_checkpointing: auto)", in_words(every))
-
+    every = chosen_recomputation(config, world, choose)
     card = ModelCard.of(config, model)  # before ZeRO-3 cuts the parameters that it counts
-    engine = build_engine(model, config, settings, int(every))
+    engine = build_engine(model, config, settings, every)
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)
@@ -201,10 +196,24 @@ def setup(
         eval_data=ShardDataset(held_out_reader, template, transform, data.max_length) if held_out else None,
         sources=sources, stream=stream, lengths=lengths, geometry=geometry, saver=saver,
         run=dataclasses.replace(run, frozen=saver.frozen.fingerprint), last_step=steps,
-        recompute_every=int(every), step=run.step,
+        recompute_every=every, step=run.step,
         evaluation_due=run.evaluation_due and bool(held_out and config.eval.every_steps),
         saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
     )  # fmt: skip
+
+
+def chosen_recomputation(config: Config, world: World, choose: Callable[[float], int]) -> int:
+    """Layers whose activations are recomputed, as in `is_recomputed`: as set, or chosen on rank 0 for the memory of its
+    GPU. All ranks call this."""
+    every = config.model.activation_checkpointing
+    if every != "auto":
+        return int(every)
+    chosen = 0  # a CPU's memory is not known to be this rank's alone
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+        chosen = on_main_rank(world, lambda: choose(memory))
+    log.info("activations are %s (model.activation_checkpointing: auto)", in_words(chosen))
+    return chosen
 
 
 def prepare_folder(config: Config, resume: str) -> Path | None:

@@ -36,8 +36,8 @@ SAVE_SECONDS = 3600
 
 
 def train(state: TrainState, until: int | None = None, profile_steps: int = 0) -> None:
-    """Trains from the state's step to its last, or to an earlier one, and saves there. The first steps may be profiled,
-    so many of them."""
+    """Trains from the state's step to its last, or to an earlier one, and saves there. profile_steps:
+    of its first steps, to be profiled (see `profiled`)."""
     config, world = state.config, state.world
     until = until or state.last_step
     if world.is_main:
@@ -133,13 +133,12 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     if bad:  # now that the step counts: one that was broken off is taken again
         rejected = [sample for b in micro for sample in b["rejected"]]
         state.ledger.record(state.step, rejected, samples_seen(state, state.step))
-    grad_norm = float(engine.get_global_grad_norm() or 0.0) if applied else None
     times, seconds = meter.times(), time.perf_counter() - started
     return {
         "step": state.step,
         **epochs_done(state),
         "loss": loss,
-        "grad_norm": grad_norm,
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0) if applied else None,
         "learning_rate": learning_rate,
         "supervised_tokens": supervised,
         "tokens": tokens,
@@ -161,7 +160,7 @@ def forward_backward(state: TrainState, micro: list[Batch], supervised: int) -> 
 
     Raises Stopped between two of them.
     """
-    # No number is looked at before it must be: a GPU would have nothing to do until the host knows.
+    # Losses and the answer of the ranks are looked at as late as can be: until the host knows, a GPU has nothing to do.
     engine, meter = state.engine, state.meter
     losses: list[torch.Tensor] = []
     step_loss: float | None = None

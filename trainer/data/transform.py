@@ -83,7 +83,8 @@ class ImageTransform:
 
     def normalize(self, pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(N, 3, H, W) uint8 -> `dtype`, zero mean and unit deviation over the tower's training pictures."""
-        mean, std = (torch.tensor(v, device=pixel_values.device)[:, None, None] for v in (self.mean, self.std))
+        device = pixel_values.device
+        mean, std = (torch.tensor(v)[:, None, None].to(device, non_blocking=True) for v in (self.mean, self.std))
         return (pixel_values * (1 / (255 * std))).sub_(mean / std).to(dtype)  # two passes over the pixels, not four
 
 

@@ -9,8 +9,6 @@ Shapes: B batch, T tokens of this call, S tokens attended (cache included), H he
 """
 
 import math
-from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_qwen import QWenConfig
+from .elementwise import gated, one_pass, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .packed_attention import check_packed, packed_attention
-
-
-def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm, computed in fp32 and scaled in the input's dtype. (Zhang & Sennrich 2019)"""
-    x = hidden_states.float()
-    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return x.type_as(hidden_states) * weight
+from .rotary import apply_rotary, ntk_alpha, rotary_cos_sin
 
 
 class QWenRMSNorm(nn.Module):
@@ -48,48 +41,6 @@ class QWenRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         norm = one_pass(rms_norm) if self.fused and self.training else rms_norm
         return norm(hidden_states, self.weight, self.eps)
-
-
-def ntk_alpha(length: int, seq_length: int) -> float:
-    """Dynamic NTK factor of a context of `length` tokens in a model trained on `seq_length`. (source: Qwen v1)"""
-    return max(2 ** math.ceil(math.log2(max(length, 1) / seq_length) + 1) - 1, 1.0)
-
-
-def rotary_cos_sin(
-    position_ids: torch.Tensor, config: QWenConfig, alpha: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the rotary angles. (Su et al. 2021; base stretched by `alpha`, Qwen v1)
-
-    position_ids: (B, T) int; alpha: (B, 1) float, 1 up to `seq_length`. Returns two (B, 1, T, C) float32.
-    """
-    dim = int(config.kv_channels * config.rotary_pct)
-    base = config.rotary_emb_base * alpha.float() ** (dim / (dim - 2))  # (B, 1)
-    exponent = torch.arange(0, dim, 2, device=position_ids.device).float() / dim  # (C/2,)
-    inverse_frequency = 1.0 / base**exponent  # (B, C/2)
-    angles = position_ids[..., None].float() * inverse_frequency[:, None]  # (B, T, C/2)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates (B, H, T, C) in fp32, pairing channel i with channel i + C/2."""
-    dim = cos.shape[-1]
-    rotated, rest = x[..., :dim].float(), x[..., dim:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((rotated.type_as(x), rest), dim=-1) if rest.shape[-1] else rotated.type_as(x)
-
-
-def gated(up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """What goes through a gated MLP. (SwiGLU, Shazeer 2020)"""
-    return up * F.silu(gate)
-
-
-@cache
-def one_pass(function: Callable) -> Callable:
-    """An element-wise function in one pass over its tensors, forward and backward, compiled when first called: what
-    modules whose `fused` is set use in training."""
-    return torch.compile(function, dynamic=True)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
