@@ -16,6 +16,7 @@ turns, and rest between. All train on the same samples in the same steps: those 
 """
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -25,20 +26,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from llava import as_llava
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2Config,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from trainer.config import Config
@@ -94,7 +89,22 @@ def prepare(config: Config, packed: bool) -> TrainState:
     return state
 
 
+def prepare_peer(config: Config, packed: bool) -> tuple[TrainState, MQWenForConditionalGeneration]:
+    """The same for an arm that trains by itself: the model, and the state without the engine and its copies of the
+    weights."""
+    state = prepare(config, packed)
+    model = state.engine.module
+    state.engine.destroy()
+    for hooks in (model._forward_hooks, model._forward_pre_hooks):
+        hooks.clear()
+    state.engine = SimpleNamespace(device=state.engine.device, module=model)  # what making inputs asks for
+    del state.saver, state.meter
+    gc.collect()
+    return state, model
+
+
 def ours(config: Config, clock: Clock) -> None:
+    """This project's own step, over its own loader."""
     state = prepare(config, packed=True)
     state.engine.train()
     steps = micro_batches(state.stream, state.geometry, 0, state.last_step)
@@ -108,18 +118,13 @@ def ours(config: Config, clock: Clock) -> None:
 
 def pytorch(config: Config, clock: Clock) -> None:
     """Weights are in the type that DeepSpeed has them in; in bf16 AdamW updates fp32 copies, as under ZeRO."""
-    state = prepare(config, packed=True)
-    state.engine.destroy()  # its model is taken over
-    model = state.engine.module
+    state, model = prepare_peer(config, packed=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = trained if trained[0].dtype == torch.float32 else [p.detach().float() for p in trained]
     sums = [torch.zeros_like(master) for master in masters]
     groups = parameter_groups(model, config.optim)
     master_of = dict(zip(trained, masters, strict=True))
     optimizer = build_optimizer([{**g, "params": [master_of[p] for p in g["params"]]} for g in groups], config.optim)
-    for hook in list(model._forward_hooks) + list(model._forward_pre_hooks):
-        model._forward_hooks.pop(hook, None)
-        model._forward_pre_hooks.pop(hook, None)
     model.train()
     steps = micro_batches(state.stream, state.geometry, 0, state.last_step)
     with closing(BatchLoader(state.train_data, steps, config.data.num_workers, torch.cuda.is_available())) as loader:
@@ -204,6 +209,8 @@ class Batches:
 
 
 class Driven(TrainerCallback):
+    """Trains as many steps as the driver asks for, and notes each."""
+
     def __init__(self, clock: Clock):
         self.clock = clock
 
@@ -217,8 +224,7 @@ class Driven(TrainerCallback):
 
 def hf_trainer(config: Config, clock: Clock, arguments: dict[str, Any], mask: bool, workers: int, model_of) -> None:
     """HF Trainer over the configuration's steps. model_of: (this project's model) -> the one it trains."""
-    state = prepare(config, packed=False)
-    state.engine.destroy()
+    state, model = prepare_peer(config, packed=False)
     processor = CLIPImageProcessorPil.from_pretrained(config.model.vision_tower)
     pad = state.tokenizer.pad_token_id
     batches = Batches(state, config.train.global_batch_size // config.train.micro_batch_size, by_length=mask)
@@ -241,7 +247,8 @@ def hf_trainer(config: Config, clock: Clock, arguments: dict[str, Any], mask: bo
         "lr_scheduler_type": "constant", "max_grad_norm": optim.max_grad_norm, "bf16": config.train.bf16,
         "use_cpu": not torch.cuda.is_available(), "remove_unused_columns": False,
     }  # fmt: skip
-    model = model_of(state.engine.module)
+    model = state.engine.module = model_of(model)
+    gc.collect()
     groups = (
         parameter_groups(model, optim) if isinstance(model, MQWenForConditionalGeneration) else groups_of(model, optim)
     )
@@ -263,8 +270,13 @@ def groups_of(model: torch.nn.Module, optim) -> list[dict[str, Any]]:
 
 
 def notes(config: Config, clock: Clock) -> None:
+    """The notes' way, as told above."""
+
     def explicit(model: MQWenForConditionalGeneration) -> MQWenForConditionalGeneration:
         model.set_attn_implementation("eager")
+        for module in model.modules():
+            if hasattr(module, "fused"):
+                module.fused = False
         return model
 
     arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -272,6 +284,7 @@ def notes(config: Config, clock: Clock) -> None:
 
 
 def hf(config: Config, clock: Clock, checkpointing: bool = True) -> None:
+    """A tuned HF Trainer, with or without activation checkpointing."""
     zero = {
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True,
@@ -281,70 +294,6 @@ def hf(config: Config, clock: Clock, checkpointing: bool = True) -> None:
     if checkpointing:
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     hf_trainer(config, clock, arguments, mask=True, workers=config.data.num_workers, model_of=as_llava)
-
-
-def as_llava(model: MQWenForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """The same weights, frozen alike, in Transformers' LLaVA with CLIP and Qwen2: in training, Qwen's (v1) mathematics
-    is Qwen2's with as many heads of keys as of queries."""
-    text = model.config.text_config
-    width = text.kv_channels * text.num_attention_heads
-    qwen2 = Qwen2Config(
-        vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.intermediate_size // 2,
-        num_hidden_layers=text.num_hidden_layers, num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_attention_heads, head_dim=text.kv_channels, rms_norm_eps=text.layer_norm_epsilon,
-        rope_theta=text.rotary_emb_base, max_position_embeddings=text.seq_length, tie_word_embeddings=False,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(**model.config.vision_config.to_dict())
-    config = LlavaConfig(
-        vision_config=vision, text_config=qwen2, image_token_id=model.config.image_token_id,
-        vision_feature_layer=model.config.vision_feature_layer, vision_feature_select_strategy="default",
-        image_seq_length=model.config.image_context_length, tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
-    renamed: dict[str, torch.Tensor] = {}
-    trained: set[str] = set()
-    for name, parameter in model.named_parameters():
-        found = dict(llava_names(name, parameter.detach(), width))
-        renamed |= found
-        trained |= set(found if parameter.requires_grad else ())
-    missing, unexpected = llava.load_state_dict(renamed, strict=False, assign=True)
-    assert not unexpected, unexpected
-    assert not [name for name in missing if "position_ids" not in name], missing
-    for name, parameter in llava.named_parameters():
-        parameter.requires_grad_(name in trained)
-    for module in llava.modules():  # what is computed and not loaded
-        if hasattr(module, "inv_freq"):
-            fresh = type(module)(config=qwen2)
-            module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
-        if hasattr(module, "position_ids"):
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-    return llava
-
-
-LLAVA_NAMES = {
-    "language_model.lm_head.": "lm_head.", "language_model.transformer.wte.": "model.language_model.embed_tokens.",
-    "language_model.transformer.h.": "model.language_model.layers.",
-    "language_model.transformer.ln_f.": "model.language_model.norm.", "vision_tower.": "model.vision_tower.",
-    "multi_modal_projector.": "model.multi_modal_projector.",
-}  # fmt: skip
-LLAVA_LAYER = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
-               "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj"}  # fmt: skip
-
-
-def llava_names(name: str, values: torch.Tensor, width: int) -> list[tuple[str, torch.Tensor]]:
-    """A parameter of this project's model -> those of LLaVA's that hold the same. width: of all heads together."""
-    old = next(start for start in LLAVA_NAMES if name.startswith(start))
-    name = LLAVA_NAMES[old] + name.removeprefix(old)
-    if ".attn.c_attn." in name:
-        parts = zip(("q_proj", "k_proj", "v_proj"), values.split(width), strict=True)
-        return [(name.replace("attn.c_attn", f"self_attn.{part}"), of.clone()) for part, of in parts]
-    if ".layers." in name and "language_model" in name:
-        for own, theirs in LLAVA_LAYER.items():
-            if f".{own}." in name:
-                name = name.replace(f".{own}.", f".{theirs}.")
-                break
-    return [(name, values)]
 
 
 ARMS: dict[str, Callable[[Config, Clock], None]] = {

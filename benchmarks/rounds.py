@@ -1,11 +1,15 @@
 """Arms of a comparison, run by turns in processes of their own, and what they measured."""
 
+import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,20 @@ LOSS_TOLERANCE = 1e-3
 NORM_TOLERANCE = 1e-2
 """Relative, between arms, of a step's loss and of its gradient norm. CLIP's own processor makes pixels that differ by a
 level in 255 here and there; in bf16 rounding differs too."""
+
+
+NAMES = {
+    "notes": "the notes' way: HF Trainer",
+    "hf": "HF Trainer, tuned, ZeRO-2",
+    "hf-kept": "the same, activations kept",
+    "pytorch": "plain PyTorch loop, our model",
+    "ours": "this trainer",
+}
+"""Of arms, in tables."""
+
+
+class ArmError(Exception):
+    """An arm has ended, or takes too long."""
 
 
 @dataclass
@@ -37,22 +55,37 @@ class Arm:
             stderr=self.log, text=True, env=environment,
         )  # fmt: skip
 
-    def train(self, steps: int) -> dict[str, Any]:
-        """Trains so many steps; what they took. Leaves with the arm's own words where it has ended."""
+    def train(self, steps: int, ends: float) -> dict[str, Any]:
+        """Trains so many steps; what they took. Raises ArmError, with the arm's own words, where it ends, or is not
+        done when the monotonic clock says `ends`."""
         assert self.process
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith('{"seconds"'):
-                return json.loads(line)
+        timer = threading.Timer(min(threading.TIMEOUT_MAX, max(0.0, ends - time.monotonic())), self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith('{"seconds"'):
+                    return json.loads(line)
+        except BrokenPipeError:
+            pass  # it has ended
+        finally:
+            timer.cancel()
+        if time.monotonic() > ends:
+            raise ArmError(f"arm '{self.name}' was not done in time")
         self.log.seek(0)
-        sys.exit(f"arm '{self.name}' has ended:\n{self.log.read()[-4000:]}")
+        raise ArmError(f"arm '{self.name}' has ended:\n{self.log.read()[-4000:]}")
 
     def stop(self) -> None:
-        """Ends its process, if it has one."""
+        """Ends its process, if it has one: by itself, with its workers, or soon by force."""
         if self.process is not None:
+            assert self.process.stdin
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
             self.process.kill()
             self.process.wait()
             self.log.close()
@@ -69,9 +102,16 @@ class Arm:
 
 
 def compare(
-    names: list[str], config: Path, warm_up: int, rounds: int, steps: int, by_turns: bool = True
+    names: list[str],
+    config: Path,
+    warm_up: int,
+    rounds: int,
+    steps: int,
+    by_turns: bool = True,
+    ends: float = math.inf,
 ) -> dict[str, Arm]:
-    """Runs the arms over the same steps. Leaves where their losses or gradient norms differ.
+    """Runs the arms over the same steps. Raises ArmError where one ends, or is not done when the monotonic clock says
+    `ends`.
 
     by_turns: a round of each after another, for timings that a busy machine disturbs; else one arm after another, for
     memory that does not hold them all.
@@ -79,35 +119,40 @@ def compare(
     arms = {name: Arm(name, config) for name in names}
     try:
         with tqdm(total=len(arms) * (rounds + 1), desc=config.stem, unit="round", disable=None) as bar:
-            first = []
             for arm in arms.values():  # one after the other, lest all load at once
                 arm.start()
-                first.append(arm.train(warm_up)["steps"])
+                arm.train(warm_up, ends)
                 bar.update()
                 if not by_turns:
-                    arm.rounds += [arm.train(steps) for _ in range(rounds)]
+                    arm.rounds += [arm.train(steps, ends) for _ in range(rounds)]
                     bar.update(rounds)
                     arm.stop()
-            gate(names, first)
             for _ in range(rounds if by_turns else 0):
                 for arm in arms.values():
-                    arm.rounds.append(arm.train(steps))
+                    arm.rounds.append(arm.train(steps, ends))
                     bar.update()
-            gate(names, [arm.steps for arm in arms.values()])
     finally:
         for arm in arms.values():
             arm.stop()  # also where one has failed
     return arms
 
 
-def gate(names: list[str], steps: list[list[dict[str, Any]]]) -> None:
-    """Leaves, naming arm and step, where not all arms have the last one's losses and gradient norms."""
-    for name, of_arm in zip(names, steps, strict=True):
-        for number, (found, expected) in enumerate(zip(of_arm, steps[-1], strict=True), start=1):
-            for what, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", NORM_TOLERANCE)):
-                if not abs(found[what] - expected[what]) <= tolerance * abs(expected[what]):  # NaN is not either
-                    sys.exit(f"step {number}: {what} of '{name}' is {found[what]}, of '{names[-1]}' {expected[what]}: "
-                             "the arms do not train the same")  # fmt: skip
+def differences(arms: dict[str, Arm]) -> list[str]:
+    """Where not all arms have the last one's losses and gradient norms: a line for each arm that differs, of the first
+    step in which it does."""
+    (*_, last), lines = arms.values(), []
+    for arm in arms.values():
+        for number, (found, expected) in enumerate(zip(arm.steps, last.steps, strict=True), start=1):
+            differing = [
+                f"{what} {found[what]} against {expected[what]}"
+                for what, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", NORM_TOLERANCE))
+                if not abs(found[what] - expected[what]) <= tolerance * abs(expected[what])  # as NaN is not
+            ]
+            if differing:
+                where = f"step {number} of '{arm.name}' and of '{last.name}'"
+                lines.append(f"the arms do not train the same: {where}: {', '.join(differing)}")
+                break
+    return lines
 
 
 def times_faster(other: Arm, ours: Arm) -> tuple[float, float, float]:

@@ -16,16 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rounds import Arm, compare, times_faster, tokens_per_second
+from rounds import NAMES, Arm, ArmError, compare, differences, times_faster, tokens_per_second
 from speed_task import FREEZE, MIXES, write_config, write_shards, write_small_models
 
-ARMS = {
-    "notes": "the notes' way: HF Trainer",
-    "hf": "HF Trainer, tuned, ZeRO-2",
-    "hf-kept": "the same, activations kept",
-    "pytorch": "plain PyTorch loop, our model",
-    "ours": "this trainer",
-}
 PACKS = 8, 4
 """Of a step, and of a micro-batch."""
 SAMPLES = 1200
@@ -49,14 +42,19 @@ def main() -> None:
         capability = torch.backends.cpu.get_cpu_capability()
         print(f"{os.cpu_count()} cores ({capability}), fp32, PyTorch {torch.__version__}; {args.rounds} rounds of "
               f"{args.steps} steps of {PACKS[0]} packs of 512 tokens\n")  # fmt: skip
-        print("| trained | lengths | arm | useful tokens / s | peak memory, GiB | this trainer is faster | aim |")
-        print("|---|---|---|---|---|---|---|")
+        print("| trained | lengths | arm | useful tokens / s | this trainer is faster | aim |")
+        print("|---|---|---|---|---|---|")
         for stage in FREEZE:
             for mix in MIXES:
                 write_shards(work / mix, mix, SAMPLES)
                 config = work / f"{mix}-{stage.replace(' ', '')}.yaml"
                 write_config(config, stage, work / mix, (work / "models/qwen", work / "models/clip"), PACKS)
-                arms = compare(list(ARMS), config, 1, args.rounds, args.steps)
+                try:
+                    arms = compare(list(NAMES), config, 1, args.rounds, args.steps)
+                except ArmError as error:
+                    sys.exit(str(error))
+                if wrong := differences(arms):
+                    sys.exit("\n".join(wrong))
                 rows += report(stage, mix, arms)
         draw(rows, work / "speed.svg")
     missed = [row for row in rows if row["aim"] and row["times"][0] < row["aim"]]
@@ -77,8 +75,7 @@ def report(stage: str, mix: str, arms: dict[str, Arm]) -> list[dict[str, Any]]:
         median, lowest, highest = times
         faster = "" if arm is ours else f"{median:.2f} x ({lowest:.2f} to {highest:.2f})"
         trained = "projector" if stage == "stage 1" else "projector and language model"
-        memory = f"{arm.rounds[-1]['peak'] / 2**30:.2f}"
-        cells = (trained, f"{WRITTEN[mix]}-like", ARMS[name], f"{rate:,.0f}", memory, faster, f"{aim} x" if aim else "")
+        cells = (trained, f"{WRITTEN[mix]}-like", NAMES[name], f"{rate:,.0f}", faster, f"{aim} x" if aim else "")
         print("| " + " | ".join(cells) + " |", flush=True)
     return rows
 
@@ -94,7 +91,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), sharey=True, layout="constrained")
     for axis, panel in zip(axes, panels, strict=True):
         found = [row for row in rows if (row["stage"], row["mix"]) == panel]
-        bars = axis.barh([ARMS[row["arm"]] for row in found], [row["rate"] for row in found],
+        bars = axis.barh([NAMES[row["arm"]] for row in found], [row["rate"] for row in found],
                          color=["#1f77b4" if row["arm"] == "ours" else "#bbbbbb" for row in found])  # fmt: skip
         axis.bar_label(bars, [f"{row['rate']:,.0f}" for row in found], padding=-30, fontsize=8)
         axis.set_title(f"{panel[0]}, {WRITTEN[panel[1]]}-like")

@@ -1,6 +1,7 @@
 """The comparisons compare like with like: the peers' model computes what ours does, and differences stop them."""
 
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 @pytest.mark.parametrize("frozen", [["vision_tower", "language_model"], ["vision_tower"]], ids=["align", "instruct"])
 def test_transformers_llava_has_our_loss_and_gradients(frozen):
-    from arms import as_llava, llava_names
+    from llava import as_llava, llava_names
 
     model = small_model(vision_feature_layer=-2)
     freeze(model, frozen)
@@ -39,14 +40,27 @@ def test_transformers_llava_has_our_loss_and_gradients(frozen):
     assert trained == {name for name, parameter in parameters.items() if parameter.requires_grad}
 
 
-def test_arms_that_do_not_train_the_same_stop_the_comparison():
-    from rounds import gate
+def test_arms_that_do_not_train_the_same_are_named():
+    from rounds import Arm, differences
+
+    def arms(*steps: dict) -> dict[str, Arm]:
+        made = zip("ab", steps, strict=True)
+        return {name: Arm(name, Path(), [{"steps": [step, of_arm]}]) for name, of_arm in made}
 
     step = {"loss": 2.0, "grad_norm": 1.0}
-    gate(["a", "b"], [[step], [{"loss": 2.0001, "grad_norm": 1.001}]])
+    assert not differences(arms(step, {"loss": 2.0001, "grad_norm": 1.001}))
     for other in ({"loss": 2.01}, {"grad_norm": 1.3}, {"loss": math.nan}, {"grad_norm": math.nan}):
-        with pytest.raises(SystemExit, match="do not train the same"):
-            gate(["a", "b"], [[step], [step | other]])
+        (line,) = differences(arms(step | other, step))
+        assert re.search(rf"do not train the same: step 2 of 'a' and of 'b': {next(iter(other))} ", line)
+
+
+def test_an_arm_that_ends_or_takes_too_long_is_named_with_its_words(tmp_path):
+    from rounds import ArmError, compare
+
+    with pytest.raises(ArmError, match=r"arm 'ours' has ended:[^¶]*no-such\.yaml"):
+        compare(["ours"], tmp_path / "no-such.yaml", 1, 1, 1)
+    with pytest.raises(ArmError, match="arm 'ours' was not done in time"):
+        compare(["ours"], tmp_path / "no-such.yaml", 1, 1, 1, ends=0.0)
 
 
 def test_growth_is_that_over_the_whole_run_and_blind_to_pauses():
