@@ -3,20 +3,16 @@
 Each launch is a real one, of one process; mistakes that are found together are made together.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import script
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from trainer.errors import EXIT_USER_ERROR
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.modeling_qwen import QWenLMHeadModel
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -25,10 +21,7 @@ def launch(tiny_run, tmp_path):
 
     def train(*overrides: str) -> str:
         settings = f"run.output_dir={tmp_path}/run", "data.num_workers=0", "checkpoint.save_steps=1", *overrides
-        command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(tiny_run), "--set", *settings]
-        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        environment = {name: value for name, value in os.environ.items() if name not in launcher}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = script("launch/train.py", "--config", str(tiny_run), "--set", *settings, timeout=300)
         assert done.returncode == EXIT_USER_ERROR == 2, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr + done.stdout
         assert done.stderr.count("error: ") == 1

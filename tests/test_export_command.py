@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import command
 from conftest import OTHER_CONFIG
+from ranks import script
 from reference import shared
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
@@ -99,9 +99,7 @@ def test_a_lora_run_gives_base_and_adapter_that_find_each_other(checkpoints, inp
 
 
 def test_merged_logits_are_those_of_the_adapter(checkpoints, inputs, tmp_path):
-    done = command(
-        "python", "launch/export.py", "--model", str(checkpoints / "lora"), "--out", str(tmp_path / "out"), "--merge"
-    )
+    done = script("launch/export.py", "--model", str(checkpoints / "lora"), "--out", str(tmp_path / "out"), "--merge")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path}/out: ")
     assert not (tmp_path / "out" / "adapter_config.json").exists()

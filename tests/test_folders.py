@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import command
 from newer import TOWER, write_language_model, write_tokenizer, write_tower
 from PIL import Image
+from ranks import script
 from transformers import CLIPVisionModel, Qwen2Config, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -73,8 +73,7 @@ def test_newer_models_are_planned_from_their_config_alone(tiny_run, tmp_path):
               "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}  # fmt: skip
     (tmp_path / "tower").mkdir()
     (tmp_path / "tower" / "config.json").write_text(json.dumps(vision))
-    done = command(
-        "python", "launch/plan.py", "--config", str(tiny_run), "--world-size", "2", "--set",
+    done = script("launch/plan.py", "--config", str(tiny_run), "--world-size", "2", "--set",
         f"model.language_model={tmp_path}/lm", f"model.vision_tower={tmp_path}/tower", "data.max_length=2048",
         "data.train=[{name: absent, shards: nowhere.tar}]", "train.bf16=true",
     )  # fmt: skip

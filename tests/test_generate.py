@@ -9,7 +9,7 @@ import sys
 import demo_task
 import pytest
 import torch
-from commands import command
+from ranks import script
 
 from trainer.config import DataConfig
 from trainer.data.samples import Turn
@@ -416,7 +416,7 @@ def test_on_a_terminal_the_answer_appears_as_it_grows(ask, generator, prompts, m
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path):
-    done = command(sys.executable, "launch/generate.py", "--model", str(tmp_path), "--prompt", "a", timeout=120)
+    done = script("launch/generate.py", "--model", str(tmp_path), "--prompt", "a", timeout=120)
     assert done.returncode == EXIT_USER_ERROR == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}: neither a model folder (config.json)")
     assert "Traceback" not in done.stderr

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import command
-from ranks import run_ranks
+from ranks import run_ranks, script
 from safetensors.torch import load_file, save_file
 
 from trainer.config import Config
@@ -130,8 +129,7 @@ def test_settings_that_differ_are_named(second_stage, tiny_run, tmp_path):
 def test_the_command_says_it_and_leaves_with_2(second_stage, tiny_run, tmp_path):
     run, hf, _ = second_stage
     (hf / "tokenizer.json").write_text("{}")
-    done = command(
-        "python", "launch/train.py", "--config", str(tiny_run), "--set", f"model.init_from={run}",
+    done = script("launch/train.py", "--config", str(tiny_run), "--set", f"model.init_from={run}",
         "model.language_model=null", "model.vision_tower=null", f"run.output_dir={tmp_path}/stage2",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr

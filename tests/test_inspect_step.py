@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
-from commands import command
 from PIL import Image
+from ranks import script
 
 from trainer.data.writer import ShardWriter
 
@@ -20,13 +20,13 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_the_samples_of_a_step_are_those_that_the_run_saw(tiny_run, tmp_path, mode):
     settings = [*MODES[mode], "data.max_length=90", "logging.sample_keys=true", f"run.output_dir={tmp_path}/run"]
-    done = command("python", "launch/train.py", "--config", str(tiny_run), "--set", *settings)
+    done = script("launch/train.py", "--config", str(tiny_run), "--set", *settings)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in (lines[0], lines[-1]):
         # From the configuration that the run has left.
         config = tmp_path / "run" / "config.yaml"
-        done = command("python", "launch/inspect_step.py", "--config", str(config), "--step", str(line["step"]))
+        done = script("launch/inspect_step.py", "--config", str(config), "--step", str(line["step"]))
         assert done.returncode == 0, done.stderr
         rows = [re.split(r"\s+", row.strip(), maxsplit=6) for row in done.stdout.splitlines()[1:]]
         assert [row[6].partition(":")[0].partition(".tar/")[2] for row in rows] == line["samples"]
@@ -47,10 +47,10 @@ def test_a_picture_that_cannot_be_decoded_is_left_out_as_in_the_run_and_no_escap
             writer.write(key, {"png": png, "json": {"conversations": turns}})
     settings = [f"data.train=[{{name: bad, shards: '{tmp_path}/shards/*.tar'}}]", "train.global_batch_size=2"]
     settings += ["train.max_steps=1", "data.max_bad_fraction=1", f"run.output_dir={tmp_path}/run"]
-    done = command("python", "launch/train.py", "--config", str(tiny_run), "--set", *settings)
+    done = script("launch/train.py", "--config", str(tiny_run), "--set", *settings)
     assert done.returncode == 0, done.stderr
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    done = command("python", "launch/inspect_step.py", "--config", str(tiny_run), "--step", "1", "--set", *settings)
+    done = script("launch/inspect_step.py", "--config", str(tiny_run), "--step", "1", "--set", *settings)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:]
     (left_out,) = [row for row in rows if "left out: " in row]
@@ -63,7 +63,7 @@ def test_a_picture_that_cannot_be_decoded_is_left_out_as_in_the_run_and_no_escap
 def test_a_step_behind_the_end_and_one_before_the_start_are_named(tiny_run):
     # Three steps of eight are an epoch of 24.
     settings = ["--set", "train.epochs=1", "train.max_steps=null"]
-    done = command("python", "launch/inspect_step.py", "--config", str(tiny_run), "--step", "4", *settings)
+    done = script("launch/inspect_step.py", "--config", str(tiny_run), "--step", "4", *settings)
     assert "no sample: the run ends after 24 rows" in done.stdout
-    done = command("python", "launch/inspect_step.py", "--config", str(tiny_run), "--step", "0", *settings)
+    done = script("launch/inspect_step.py", "--config", str(tiny_run), "--step", "0", *settings)
     assert (done.returncode, "steps count from 1" in done.stderr) == (2, True)

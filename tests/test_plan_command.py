@@ -10,6 +10,7 @@ import plan
 import pytest
 import yaml
 from commands import command
+from ranks import script
 from shapes import QWEN, write_configs, write_small_run
 
 from trainer.activations import activation_bytes
@@ -157,7 +158,7 @@ def test_rows_are_those_that_a_run_trains_on(tiny_run, tmp_path, mode):
                 f"run.output_dir={tmp_path}/run"]  # fmt: skip
     before = make_plan(Config.load(tiny_run, settings), 1)
     rows = before.rows
-    done = command("python", "launch/train.py", "--config", str(tiny_run), "--set", *settings)
+    done = script("launch/train.py", "--config", str(tiny_run), "--set", *settings)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows.last_step == len(lines)
@@ -215,7 +216,7 @@ def test_what_cannot_be_is_refused_by_name(tiny_run, tmp_path, planned, name):
 
 
 def test_a_refusal_is_one_message_and_exit_code_2(tiny_run):
-    done = command("python", "launch/plan.py", "--config", str(tiny_run), "--gpu-memory", "80GX")
+    done = script("launch/plan.py", "--config", str(tiny_run), "--gpu-memory", "80GX")
     assert done.returncode == 2
     assert done.stderr.strip().startswith("error: --gpu-memory 80GX")
     assert "Traceback" not in done.stderr
@@ -233,7 +234,7 @@ def test_two_steps_are_measured_beside_the_plan_and_leave_nothing(small_run, tmp
     zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
     (tmp_path / "zero2.json").write_text(json.dumps(zero))
     settings = [f"deepspeed={tmp_path}/zero2.json", f"run.output_dir={tmp_path}/run", *MODES[mode]]
-    done = command("python", "launch/plan.py", "--config", str(small_run), "--measure", "--set", *settings)
+    done = script("launch/plan.py", "--config", str(small_run), "--measure", "--set", *settings)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
     measured = done.stdout.partition("\nmeasured")[2]

@@ -2,14 +2,9 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-from commands import ROOT, command
-from ranks import free_port
+from ranks import script, train_ranks
 
 from trainer.profiling import communication_seconds
 
@@ -29,25 +24,20 @@ def test_communication_is_that_of_kernels_not_of_the_names_given_to_them():
 
 
 def test_a_number_of_steps_below_zero_is_refused(tiny_run):
-    done = command("python", "launch/train.py", "--config", str(tiny_run), "--profile", "-1")
+    done = script("launch/train.py", "--config", str(tiny_run), "--profile", "-1")
     assert done.returncode == 2
     assert "--profile -1: expected a number of steps" in done.stderr
 
 
 def test_a_profile_shows_the_parts_of_the_steps_that_it_was_asked_for(tiny_run, tmp_path):
-    run = tmp_path / "run"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py", "--config",
-         str(tiny_run), "--profile", "2", "--set", f"run.output_dir={run}", "train.max_steps=6",
-         "checkpoint.save_steps=100"],
-        cwd=ROOT, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "profile of steps 3 to 4" in done.stdout
-    for part in ("data", "forward", "backward", "optimizer", "communication"):
-        assert f"\n  {part} " in done.stdout.replace("\r", "\n"), part
-    (communication,) = [line for line in done.stdout.splitlines() if line.strip().startswith("communication")]
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = ["--set", f"run.output_dir={run}", "train.max_steps=6", "checkpoint.save_steps=100"]
+    assert train_ranks(log, "--config", str(tiny_run), "--profile", "2", *settings) == 0, log.read_text()
+    said = log.read_text().splitlines()
+    assert any("profile of steps 3 to 4" in line for line in said)
+    for part in ("data", "forward", "backward", "optimizer"):
+        assert any(line.startswith(f"  {part} ") for line in said), part
+    (communication,) = [line for line in said if line.strip().startswith("communication")]
     assert float(communication.split()[1].rstrip("%")) > 0
     traces = sorted((run / "profile").iterdir())
     assert [trace.name for trace in traces] == [f"steps-000003-000004-rank{rank}.json.gz" for rank in (0, 1)]

@@ -8,7 +8,8 @@ from statistics import mean
 import pytest
 import torch
 import yaml
-from commands import command, deepspeed
+from commands import deepspeed
+from ranks import script
 from reference import shared
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -24,8 +25,7 @@ def nlvr(tmp_path_factory) -> Path:
     """Shards of NLVR's development pictures, a tiny CLIP, and a tiny Qwen with the real vocabulary."""
     source, vocabulary = shared("real/nlvr/conversations.json"), shared("qwen/qwen.tiktoken")
     folder = tmp_path_factory.mktemp("nlvr")
-    done = command(
-        "python", "launch/prepare_shards.py", "llava", str(source), "--images", str(source.parent / "images"),
+    done = script("launch/prepare_shards.py", "llava", str(source), "--images", str(source.parent / "images"),
         "--out", str(folder / "shards"), "--samples-per-shard", "300",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
