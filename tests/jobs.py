@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from ranks import free_port
+from ranks import free_port, train_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,9 +63,11 @@ class Job:
             assert time.monotonic() < end, f"waited in vain:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.005)
 
-    def end(self, seconds: float = 120) -> int:
-        """The job's exit code, once it and all that it started have ended."""
-        known = self.everyone() if self.process.poll() is None else []
+    def end(self, seconds: float = 120, known: list[psutil.Process] | None = None) -> int:
+        """The job's exit code, once it and all that it started have ended. known: those processes, where the command
+        itself may have ended."""
+        if known is None:
+            known = self.everyone() if self.process.poll() is None else []
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -74,6 +76,14 @@ class Job:
         _, alive = psutil.wait_procs(known, timeout=30)
         assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
         return code
+
+
+def trained(config: Path, run: Path, *settings: str) -> Path:
+    """A run on two ranks that nothing happens to, or that goes on in a folder: that folder."""
+    log = run.with_suffix(".again.log")
+    code = train_ranks(log, "--config", str(config), "--set", f"run.output_dir={run}", *settings)
+    assert code == 0, log.read_text()[-3000:]
+    return run
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:

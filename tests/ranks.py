@@ -123,6 +123,8 @@ def train_ranks(log: Path, *args: str, world_size: int = 2, timeout: float = 300
     try:
         while any(process.exitcode is None for process in processes):
             if failed := [process.exitcode for process in processes if process.exitcode]:
+                for process in processes:  # a rank that fails with the others has a word to say
+                    process.join(10)
                 return failed[0]
             assert time.monotonic() < deadline, f"still running after {timeout} s:\n{log.read_text()[-3000:]}"
             multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], 1)

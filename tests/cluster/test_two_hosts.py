@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hosts import NAMES, two_hosts
-from jobs import ROOT, Job, curve, final_weights, lines_of, wait_until
+from jobs import ROOT, curve, final_weights, lines_of, trained, wait_until
 
 from trainer.watchdog import EXIT_HUNG
 
@@ -72,9 +72,7 @@ class TwoHostJob:
 
 @pytest.fixture(scope="module")
 def one_host(tiny_run, tmp_path_factory) -> Path:
-    job = Job(tiny_run, tmp_path_factory.mktemp("one") / "run", *SETTINGS)
-    assert job.end() == 0, job.log.read_text()[-3000:]
-    return job.run
+    return trained(tiny_run, tmp_path_factory.mktemp("one") / "run", *SETTINGS)
 
 
 @pytest.mark.parametrize("launcher", [deepspeed, torchrun])
