@@ -6,7 +6,7 @@ import pytest
 import torch
 from shapes import batch_of, newer_model, small_model
 
-from trainer.engine import fuse_elementwise
+from trainer.engine import checkpoint_activations, fuse_elementwise
 from trainer.errors import ConfigError
 from trainer.freeze import freeze
 
@@ -18,9 +18,10 @@ def test_loss_and_gradients_are_those_of_the_plain_functions(frozen):
     model = small_model()
     freeze(model, frozen)
     found = []
-    for fused in (False, True):
-        if fused:
+    for every in (0, 0, 2):
+        if found:
             fuse_elementwise(model)
+        checkpoint_activations(model, every)
         for packed in (True, False):
             torch.manual_seed(1)
             inputs, _ = batch_of(model, packed)
@@ -28,7 +29,7 @@ def test_loss_and_gradients_are_those_of_the_plain_functions(frozen):
             loss = model(**inputs, loss_only=True, use_cache=False).loss
             loss.backward()
             found.append([loss.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for plain, fused in zip(found[:2], found[2:], strict=True):
+    for plain, fused in zip(found[:2] * 2, found[2:], strict=True):
         assert len(plain) == len(fused) > 4
         for expected, own in zip(plain, fused, strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-6)
