@@ -12,6 +12,7 @@ INSTALLED = $(VENV)/.installed
 install: $(INSTALLED)
 
 $(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml
+	@echo "installing about 2 GB of packages into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .

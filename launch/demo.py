@@ -76,9 +76,7 @@ def deepspeed(config: str) -> None:
 
 
 def run(*command: str) -> None:
-    print(
-        "     $", " ".join(command).replace(f"{ROOT}/", "").replace(f"{Path(sys.executable).parent}/", ""), flush=True
-    )
+    print("     $", " ".join(command).replace(f"{ROOT}/", ""), flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
 
 

@@ -81,6 +81,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
                 train(state, profile_steps=args.profile)
             else:
                 log.info("%s is finished: step %d of %d", config.run.output_dir, state.step, state.last_step)
+                if args.profile:
+                    log.warning("no profile: there are no steps left")
         finally:
             state.engine.destroy()
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import deepspeed_json
 from trainer.config import Config
-from trainer.dist import World
+from trainer.dist import World, log
 from trainer.engine_files import RecordingCheckpointEngine
 from trainer.errors import ConfigError
 from trainer.flops import is_recomputed
@@ -62,6 +62,7 @@ def fuse_elementwise(model: PreTrainedModel) -> None:
         raise ConfigError("model.fuse_elementwise: only language models of Qwen (v1) can; leave it out")
     for module in able:
         module.fused = True
+    log.info("model.fuse_elementwise: compiled in the first step, which may take half a minute")
 
 
 def checkpoint_activations(model: Any, every: int) -> None:

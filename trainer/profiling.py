@@ -31,6 +31,8 @@ def profiled(steps: int, folder: Path, rank: int) -> Iterator[Callable[[dict], N
         if not measured:
             log.warning("no profile: the run has ended before its third step")
             return
+        if len(measured) < steps:
+            log.warning("a profile of %d step(s), not %d: the run has ended", len(measured), steps)
         folder.mkdir(parents=True, exist_ok=True)
         trace = folder / f"steps-{measured[0]['step']:06d}-{measured[-1]['step']:06d}-rank{rank}.json.gz"
         found.export_chrome_trace(str(trace))

@@ -205,15 +205,16 @@ def setup(
 def chosen_recomputation(config: Config, world: World, choose: Callable[[float], int]) -> int:
     """Layers whose activations are recomputed, as in `is_recomputed`: as set, or chosen on rank 0 for the memory of its
     GPU. All ranks call this."""
-    every = config.model.activation_checkpointing
-    if every != "auto":
-        return int(every)
-    chosen = 0  # a CPU's memory is not known to be this rank's alone
-    if world.device.type == "cuda":
+    setting = config.model.activation_checkpointing
+    if setting != "auto":
+        every = int(setting)
+    elif world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
-        chosen = on_main_rank(world, lambda: choose(memory))
-    log.info("activations are %s (model.activation_checkpointing: auto)", in_words(chosen))
-    return chosen
+        every = on_main_rank(world, lambda: choose(memory))
+    else:
+        every = 0  # a CPU's memory is not known to be this rank's alone
+    log.info("activations are %s (model.activation_checkpointing: %s)", in_words(every), str(setting).lower())
+    return every
 
 
 def prepare_folder(config: Config, resume: str) -> Path | None:
