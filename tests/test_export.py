@@ -108,7 +108,9 @@ def train_and_answer(world, config_file: str, out: str, stage: str, settings: li
     batch = state.train_data.batch(MicroBatch([[Slot(0, i)] for i in range(5)], is_last=True))
     inputs = {name: tensor for name, tensor in state.inputs(batch).items() if name != "labels"}
     state.engine.eval()
-    model, asked = state.engine.module, chats(Path(out))[1]
+    own = Path(out, f"rank{world.rank}")  # both write pictures
+    own.mkdir()
+    model, asked = state.engine.module, chats(own)[1]
     found, logits = live_answers(model, state.engine.device, state.tokenizer, state.transform, asked)
     with torch.no_grad():
         logits["batch"] = state.engine(**inputs).logits
