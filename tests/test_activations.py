@@ -10,6 +10,9 @@ from trainer.flops import BatchShape
 from trainer.freeze import freeze
 from trainer.measure import LiveBytes
 
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.long)
+"""Slow on a CPU without instructions for it."""
+
 FROZEN = {
     "align": ["vision_tower", "language_model"],
     "instruct": ["vision_tower"],
@@ -42,7 +45,7 @@ def saved_bytes(model, inputs) -> int:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("every", [0, 1, 3], ids=["kept", "recomputed", "a third recomputed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", FROZEN)
 def test_bytes_are_those_that_autograd_keeps(name, dtype, every, packed):
     model = small_model(dtype)
@@ -64,8 +67,8 @@ PEAKS = [
     for every in (0, 1)
     for packed in (False, True)
 ]
-# Slow on a CPU without instructions for it.
-PEAKS += [("align", torch.bfloat16, 1, True), ("instruct", torch.bfloat16, 0, False)]
+PEAKS += [pytest.param("align", torch.bfloat16, 1, True, marks=pytest.mark.long)]
+PEAKS += [pytest.param("instruct", torch.bfloat16, 0, False, marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize(("name", "dtype", "every", "packed"), PEAKS)

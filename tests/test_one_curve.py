@@ -62,11 +62,11 @@ def curves(world, config_file: str, out: str, bf16: bool, mode: str, stages: lis
     ("mode", "bf16", "tolerance"),
     [
         ("samples", False, 1e-5),
-        ("samples", True, 2e-2),
-        ("packs", False, 1e-5),
-        ("packs", True, 2e-2),
+        pytest.param("samples", True, 2e-2, marks=pytest.mark.long),
+        pytest.param("packs", False, 1e-5, marks=pytest.mark.long),
+        pytest.param("packs", True, 2e-2, marks=pytest.mark.long),
         ("how it is computed", False, 1e-5),
-        ("token budget", False, 1e-5),
+        pytest.param("token budget", False, 1e-5, marks=pytest.mark.long),
     ],
 )
 def test_curve_is_the_same_for_every_geometry(tiny_run, tmp_path, mode, bf16, tolerance):

@@ -74,6 +74,7 @@ def assert_one_epoch_with_falling_loss(folder: Path, lines: list[dict]) -> None:
     assert parts == sorted(parts, reverse=True), parts
 
 
+@pytest.mark.long
 def test_two_stages_on_nlvr_see_every_sample_once_and_learn(nlvr):
     stage1 = train_stage(
         nlvr, "stage1",

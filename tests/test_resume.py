@@ -71,11 +71,16 @@ MIXED = (
         ("zero3", []),
         # 20 steps of 4 packs, two thirds of the source of 12 samples: tens of its epochs.
         ("zero2", ["data.packing=true", "train.global_batch_size=4", MIXED]),
-        ("zero2", ["train.micro_batch_tokens=300", "model.activation_checkpointing=2"]),
+        pytest.param(
+            "zero2", ["train.micro_batch_tokens=300", "model.activation_checkpointing=2"], marks=pytest.mark.long
+        ),
         pytest.param(
             "zero3",
             ["model.activation_checkpointing=false", "model.fuse_elementwise=true", "data.num_workers=0"],
-            marks=pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler"),
+            marks=[
+                pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler"),
+                pytest.mark.long,
+            ],
         ),
     ],
     ids=["zero2", "zero3", "packed and mixed", "by length, half recomputed", "kept, fused, no workers"],
