@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -272,11 +273,10 @@ def groups_of(model: torch.nn.Module, optim) -> list[dict[str, Any]]:
 def notes(config: Config, clock: Clock) -> None:
     """The notes' way, as told above."""
 
+    config = replace(config, model=replace(config.model, fuse_elementwise=False))
+
     def explicit(model: MQWenForConditionalGeneration) -> MQWenForConditionalGeneration:
         model.set_attn_implementation("eager")
-        for module in model.modules():
-            if hasattr(module, "fused"):
-                module.fused = False
         return model
 
     arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}

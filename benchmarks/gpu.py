@@ -61,8 +61,9 @@ def main() -> None:
             write_models(work, size)
     failures: list[str] = []
     for model, stage, names in RUNS:
+        not_measured = f"| {model} | {stage} | all | not measured | | | | | | | |"
         if time.monotonic() + SHORTEST > ends:
-            print(f"| {model} | {stage} | all | not measured | | | | | | | |")
+            print(not_measured)
             continue
         config = work / f"{model}-{stage.replace(' ', '')}.yaml"
         clip = work / "clip-vit-large-patch14"
@@ -72,7 +73,7 @@ def main() -> None:
         try:
             arms = compare(names, config, 1 if small else 2, ROUNDS, STEPS, by_turns=False, ends=ends)
         except ArmError as error:
-            print(f"| {model} | {stage} | all | not measured | | | | | | | |")
+            print(not_measured)
             failures.append(str(error))
             continue
         report(model, stage, config, arms)

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from commands import ROOT
 from ranks import free_port, train_ranks
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Job:

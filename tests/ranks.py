@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+from commands import ROOT
 
 TIMINGS = ("step_time", "data_time", "forward_time", "backward_time", "optimizer_time", "tflops", "mfu", "hfu")
 """Keys of a line of metrics.jsonl in which equal runs differ."""

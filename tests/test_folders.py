@@ -73,7 +73,8 @@ def test_newer_models_are_planned_from_their_config_alone(tiny_run, tmp_path):
               "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}  # fmt: skip
     (tmp_path / "tower").mkdir()
     (tmp_path / "tower" / "config.json").write_text(json.dumps(vision))
-    done = script("launch/plan.py", "--config", str(tiny_run), "--world-size", "2", "--set",
+    done = script(
+        "launch/plan.py", "--config", str(tiny_run), "--world-size", "2", "--set",
         f"model.language_model={tmp_path}/lm", f"model.vision_tower={tmp_path}/tower", "data.max_length=2048",
         "data.train=[{name: absent, shards: nowhere.tar}]", "train.bf16=true",
     )  # fmt: skip

@@ -129,7 +129,8 @@ def test_settings_that_differ_are_named(second_stage, tiny_run, tmp_path):
 def test_the_command_says_it_and_leaves_with_2(second_stage, tiny_run, tmp_path):
     run, hf, _ = second_stage
     (hf / "tokenizer.json").write_text("{}")
-    done = script("launch/train.py", "--config", str(tiny_run), "--set", f"model.init_from={run}",
+    done = script(
+        "launch/train.py", "--config", str(tiny_run), "--set", f"model.init_from={run}",
         "model.language_model=null", "model.vision_tower=null", f"run.output_dir={tmp_path}/stage2",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr

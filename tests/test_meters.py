@@ -99,7 +99,7 @@ def test_a_run_says_where_its_time_goes(tiny_run, tmp_path):
     for line in run_ranks(run, 2, str(tiny_run), str(tmp_path / "run"))[0]:
         parts = [line[f"{part}_time"] for part in ("data", "forward", "backward", "optimizer")]
         assert min(parts) >= 0
-        assert 0 < sum(parts) <= line["step_time"]
+        assert 0.5 * line["step_time"] < sum(parts) <= line["step_time"]
         assert line["tflops"] > 0
 
 

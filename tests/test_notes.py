@@ -45,7 +45,8 @@ def run(tiny_run, notes, tmp_path):
 
 
 def test_weights_are_the_base_and_the_products_of_the_adapter(tiny_run, notes, tmp_path):
-    done = script("launch/import_notes.py", "--language-model", str(tiny_run.parent / "tiny-qwen"), "--vision-tower",
+    done = script(
+        "launch/import_notes.py", "--language-model", str(tiny_run.parent / "tiny-qwen"), "--vision-tower",
         str(tiny_run.parent / "tiny-clip"), "--notes", str(notes), "--out", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,8 @@ def nlvr(tmp_path_factory) -> Path:
     """Shards of NLVR's development pictures, a tiny CLIP, and a tiny Qwen with the real vocabulary."""
     source, vocabulary = shared("real/nlvr/conversations.json"), shared("qwen/qwen.tiktoken")
     folder = tmp_path_factory.mktemp("nlvr")
-    done = script("launch/prepare_shards.py", "llava", str(source), "--images", str(source.parent / "images"),
+    done = script(
+        "launch/prepare_shards.py", "llava", str(source), "--images", str(source.parent / "images"),
         "--out", str(folder / "shards"), "--samples-per-shard", "300",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

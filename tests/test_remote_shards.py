@@ -27,7 +27,8 @@ def train(tiny_run, tmp_path, server, certificate):
         server.files[f"/{name}.index.npz"] = (shards / f"{name}.index.npz").read_bytes()
 
     def train(source: str, *settings: str, name: str = "run") -> tuple[str, int, list[dict]]:
-        done = script("launch/train.py", "--config", str(tiny_run), "--set", f"run.output_dir={tmp_path}/{name}",
+        done = script(
+            "launch/train.py", "--config", str(tiny_run), "--set", f"run.output_dir={tmp_path}/{name}",
             f"data.train=[{{name: tiny, shards: {source}}}]", f"data.cache_dir={tmp_path}/cache",
             "logging.sample_keys=true", "train.max_steps=5", *settings,
             timeout=200, SSL_CERT_FILE=str(certificate), XDG_CACHE_HOME=str(tmp_path / "indexes"),

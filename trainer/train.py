@@ -37,7 +37,7 @@ SAVE_SECONDS = 3600
 
 def train(state: TrainState, until: int | None = None, profile_steps: int = 0) -> None:
     """Trains from the state's step to its last, or to an earlier one, and saves there. profile_steps:
-    of its first steps, to be profiled (see `profiled`)."""
+    so many of its steps are profiled, from the third on (see `profiled`)."""
     config, world = state.config, state.world
     until = until or state.last_step
     if world.is_main:
