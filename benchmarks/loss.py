@@ -19,7 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from trainer.measure import LiveBytes
-from trainer.models.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from trainer.models.linear_cross_entropy import (
+    IGNORE_INDEX,
+    at_positions,
+    linear_cross_entropy,
+    supervised_positions,
+)
 
 VOCABULARY = 151_936
 LEAST = 20
@@ -37,21 +42,25 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
 
 def losses(device: torch.device) -> dict[str, Loss]:
     """Those that can be compared on a device, by name; the others' as `plain`."""
-    found: dict[str, Loss] = {"plain": plain, "this trainer's": linear_cross_entropy}
+
+    def rows_of(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, targets = supervised_positions(labels)
+        return at_positions(hidden, positions), targets
+
+    def own(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows, targets = rows_of(hidden, labels)
+        return linear_cross_entropy(rows, weight, targets)
+
+    found: dict[str, Loss] = {"plain": plain, "this trainer's": own}
     if device.type != "cuda":
         return found
     fused = getattr(F, "linear_cross_entropy", None)  # torch >= 2.13
-
-    def rows_of(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        kept = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
-        return hidden.flatten(0, 1).index_select(0, kept), targets.index_select(0, kept)
 
     if fused is not None:
 
         def torchs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             rows, targets = rows_of(hidden, labels)
-            return fused(rows, weight, targets)
+            return fused(rows[0], weight, targets)
 
         found["PyTorch's, on our rows"] = torchs
     try:
@@ -61,7 +70,7 @@ def losses(device: torch.device) -> dict[str, Loss]:
 
     def ligers(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rows, targets = rows_of(hidden, labels)
-        return LigerFusedLinearCrossEntropyLoss()(weight, rows, targets)
+        return LigerFusedLinearCrossEntropyLoss()(weight, rows[0], targets)
 
     return found | {"Liger's, on our rows": ligers}
 

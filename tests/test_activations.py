@@ -77,11 +77,13 @@ def test_peak_is_that_of_all_tensors_that_are_alive(name, dtype, every, packed):
     freeze(model, FROZEN[name])
     checkpoint_activations(model, every)
     inputs, shape = batch_of(model, packed, width=512, rows=4)
+    for parameter in model.parameters():  # gradients are planned apart; DeepSpeed takes them away too
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     with LiveBytes() as live:
         before = live.peak
         model(**inputs, loss_only=True, use_cache=False).loss.backward()
     expected = activation_bytes(model, shape, every).peak
-    # Some of the parameters' gradients, which are planned apart, are there too; what the last norm kept is gone.
     assert live.peak - before == pytest.approx(expected, rel=0.05)
 
 
@@ -90,7 +92,7 @@ def test_a_layer_of_a_real_size_keeps_the_bytes_of_the_field_notes():
     for frozen, kept in (([], 101_376), (["language_model"], 73_984)):
         model = full_model("Qwen-1.8B").bfloat16()
         freeze(model, ["vision_tower", *frozen])
-        found = activation_bytes(model, BatchShape.padded(1, 1024, images=1, supervised=0)).saved / 1024
+        found = activation_bytes(model, BatchShape.padded(1, 1024, images=1, supervised=1024)).saved / 1024
         assert found / 24 == pytest.approx(kept, rel=0.02)
 
 

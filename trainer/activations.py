@@ -2,6 +2,7 @@
 
 What each operation keeps is read off PyTorch's derivatives: a linear layer its input, if its weight trains; a product
 both factors; SiLU its input; fused attention query, key, value, output and a log-sum for each head; the norms in fp32.
+Behind the attention of Qwen's (v1) last layer only supervised positions keep anything.
 With everything trained in bf16 a layer of Qwen keeps 16·D + 12·A + 8·F bytes a token (hidden size D, heads A channels
 wide together, MLP F wide): 101 KB in Qwen-1.8B, and 74 KB where the weights are frozen and gradients only pass through.
 
@@ -16,11 +17,11 @@ from torch import nn
 
 from trainer.flops import (
     BatchShape,
+    Decoder,
     Layer,
     adapter_of,
     decoder_of,
     is_recomputed,
-    layers_read,
     norms_before,
     tower_layer,
     tower_positions,
@@ -42,19 +43,18 @@ class Activations:
     """Kept by tower, projector and language model from the forward to the backward pass."""
     loss: float
     """Kept by the loss: the gradients it has made already, of the supervised positions and of a head that trains."""
-    recomputed: float
-    """With activation checkpointing: what one layer at a time keeps, while it is computed again."""
     logits: float
     """For a while: the logits of a chunk, in bf16 in two types, and there the fp32 sum of the head's gradient."""
-    norm: float
-    """For a while: what the backward pass of a norm makes in fp32, the first time while all layers are still kept."""
-    mlp: float
-    """For a while: gradients of the activations of an MLP."""
+    last: float
+    """For a while: what the backward pass of the last norm or layer makes, when all layers are still kept. With
+    activation checkpointing that is also what the layer keeps, computed again."""
+    others: float
+    """The same of another layer, less what the last one kept, if that is less than others keep."""
 
     @property
     def working(self) -> float:
-        """The most that is there for a while only: logits, last norm and last layer have their turns."""
-        return max(self.logits, self.norm, self.recomputed + self.mlp)
+        """The most that is there for a while only: logits, last layer and the others have their turns."""
+        return max(self.logits, self.last, self.others)
 
     @property
     def peak(self) -> float:
@@ -79,30 +79,49 @@ def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, re
     # Cosines and sines, the same in all layers: Qwen v1 keeps them in fp32.
     heads, angle_size = config.num_attention_heads, FP32 if isinstance(config, QWenConfig) else size
     saved += 2 * angle_size * (text.layers[0].channels // heads) * shape.width
-    recomputed = [of_tower_layer]
-    for number, layer in enumerate(text.layers):
-        of_layer = shape.tokens * _decoder_layer(layer, heads, size, reached, shape.packed)
-        if is_recomputed(number, recompute_every):
-            recomputed.append(of_layer)
-            of_layer = shape.tokens * size * width * (reached or layer.trains)  # its input
-        saved += of_layer
-        reached = reached or layer.trains
-    saved += shape.tokens * _rms_norm(text.norm, size, reached)
-    reached = reached or trains(text.norm)
+    kept, last, others = _layers(text, shape, heads, size, reached, recompute_every)
+    reached = reached or trains(text.norm) or any(layer.trains for layer in text.layers)
 
-    last = text.layers[-1]
     head_values = vocabulary * width * trains(head)
     chunk = min(shape.supervised, chunk_rows(vocabulary, trains(head))) * vocabulary
     other = size * (size != FP32)  # what is in fp32 too, where that is not the model's own type
     return Activations(
-        saved=tower + projector + saved,
+        saved=tower + projector + saved + kept,
         loss=size * shape.supervised * width * reached + 8 * shape.supervised + size * head_values,
-        recomputed=max(recomputed),
         logits=(FP32 + other) * chunk + (FP32 + other) * head_values * (size != FP32),
-        norm=5 * FP32 * shape.tokens * width * reached,
-        # Of three branches; but what the last product of a trained one keeps is gone by then.
-        mlp=size * shape.tokens * last.narrow.in_features * (3 - trains(last.narrow)) * reached,
+        last=last,
+        others=max(others, of_tower_layer),
     )
+
+
+def _layers(
+    text: Decoder, shape: BatchShape, heads: int, size: int, reached: bool, recompute_every: int
+) -> tuple[float, float, float]:
+    """Bytes that the language model's layers and its last norm keep; and for a while, as of `Activations`, those of the
+    last layer and of the others."""
+    width = text.head.in_features
+    norm = 5 * FP32 * width  # bytes a token: what a norm's backward pass makes
+    saved = last = others = gone = 0.0
+    for number, layer in enumerate(text.layers):
+        others = max(others, last)
+        ends_early = text.ends_early and layer is text.layers[-1]
+        kept = shape.supervised if ends_early else shape.tokens
+        # Outputs of packed documents are put together, and what is read is taken out; else the attention keeps them.
+        before, behind = _decoder_layer(layer, heads, size, reached, joined=shape.packed or ends_early)
+        of_layer, again = shape.tokens * before + kept * behind, 0.0
+        if is_recomputed(number, recompute_every):
+            again, of_layer = of_layer, shape.tokens * size * width * (reached or layer.trains)  # its input
+        saved += of_layer
+        if ends_early:
+            gone, others = of_layer, max(others, norm * shape.tokens * reached)
+        reached = reached or layer.trains
+        # Gradients in three branches; but what the last product of a trained one keeps is gone by then.
+        mlp = size * kept * layer.narrow.in_features * (3 - trains(layer.narrow)) * reached
+        # Those of the residual stream, of the attention's output, of query, key and value.
+        attention = size * shape.tokens * (width + 4 * layer.channels) * reached - kept * behind
+        last = again + max(mlp, attention)
+    saved += kept * _rms_norm(text.norm, size, reached)
+    return saved, max(last, norm * kept * (reached or trains(text.norm))), others - gone
 
 
 def _rms_norm(norm: Any, size: int, reached: bool, heads: int = 1) -> float:
@@ -116,21 +135,21 @@ def _layer_norm(norm: Any, size: int, reached: bool) -> float:
     return (size * norm.weight.numel() + 2 * FP32) * (reached or trains(norm))
 
 
-def _decoder_layer(layer: Layer, heads: int, size: int, reached: bool, packed: bool) -> float:
-    """Bytes a token. reached: a gradient of the layer's input is wanted."""
+def _decoder_layer(layer: Layer, heads: int, size: int, reached: bool, joined: bool) -> tuple[float, float]:
+    """Bytes a token, up to the attention and behind it. reached: a gradient of the layer's input is wanted. joined:
+    what is projected is a copy of the attention's output."""
     projections, attention, wide, narrow = layer.needs_grad(reached)
     channels, keys, mlp = layer.channels, layer.key_channels, layer.narrow.in_features
-    saved = _rms_norm(layer.norm_1, size, reached) + _rms_norm(layer.norm_2, size, attention or trains(layer.output))
-    saved += _input(layer.projections, size, reached) + _input(layer.wide, size, wide)
+    saved = _rms_norm(layer.norm_1, size, reached) + _input(layer.projections, size, reached)
     for norm, of_all in zip(layer.head_norms, (channels, keys), strict=False):
         normed = projections or trains(*layer.projections)
         saved += _rms_norm(norm, size, normed, of_all // norm.weight.numel())
     # Rotated query and key, the value (of a fused projection a view, which keeps the whole), output, log-sums.
     values = 3 * channels if len(layer.projections) == 1 else keys
     saved += (size * (2 * channels + keys + values) + FP32 * heads) * attention
-    # Packed, the documents' outputs are put together once more for the projection; else the attention keeps them.
-    output = _input([layer.output], size, attention, kept_anyway=attention and not packed)
-    return saved + output + 3 * size * mlp * narrow + _input([layer.narrow], size, narrow)
+    behind = _input([layer.output], size, attention, kept_anyway=attention and not joined)
+    behind += _rms_norm(layer.norm_2, size, attention or trains(layer.output)) + _input(layer.wide, size, wide)
+    return saved, behind + 3 * size * mlp * narrow + _input([layer.narrow], size, narrow)
 
 
 def _input(modules: list[Any], size: int, reached: bool, kept_anyway: bool = False) -> float:
@@ -174,7 +193,7 @@ def _tower(model: MQWenForConditionalGeneration, images: float, size: int, recom
         saved += positions * _layer_norm(norm, size, reached)
         reached = reached or trains(norm)
     recomputed, kept = 0.0, 2 if config.hidden_act == "quick_gelu" else 1  # quick GELU is a product of two
-    for number, layer in enumerate(map(tower_layer, tower.encoder.layers[: layers_read(model)])):
+    for number, layer in enumerate(map(tower_layer, tower.encoder.layers[: model.config.vision_layers_read])):
         of_layer = positions * _tower_layer(layer, config.num_attention_heads, size, reached, kept)
         if is_recomputed(number, recompute_every):
             recomputed = max(recomputed, of_layer)

@@ -91,12 +91,6 @@ def is_recomputed(layer: int, every: int) -> bool:
     return every > 0 and layer % every == 0
 
 
-def layers_read(model: MQWenForConditionalGeneration) -> int:
-    """Layers of the tower whose output reaches the projector: gradients enter the tower behind the last of them."""
-    layer, layers = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
-    return layer if layer >= 0 else layers + 1 + layer
-
-
 @dataclass(frozen=True)
 class Layer:
     """What a pre-norm transformer layer multiplies with, whether a language model's or a tower's."""
@@ -147,6 +141,8 @@ class Decoder:
     norm: Any
     head: Any
     """May be tied to the embedding."""
+    ends_early: bool
+    """Whether the last layer, behind its attention, computes only the supervised positions."""
 
 
 def decoder_of(model: MQWenForConditionalGeneration) -> Decoder:
@@ -155,10 +151,10 @@ def decoder_of(model: MQWenForConditionalGeneration) -> Decoder:
     embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     if isinstance(language_model, MQWenLMHeadModel):
         text = language_model.transformer
-        return Decoder(embedding, [_qwen_layer(block) for block in text.h], text.ln_f, head)
+        return Decoder(embedding, [_qwen_layer(block) for block in text.h], text.ln_f, head, ends_early=True)
     text = language_model.get_decoder()
     try:
-        return Decoder(embedding, [_llama_layer(layer) for layer in text.layers], text.norm, head)
+        return Decoder(embedding, [_llama_layer(layer) for layer in text.layers], text.norm, head, ends_early=False)
     except AttributeError as error:
         kind = model.config.text_config.model_type
         raise ConfigError(
@@ -204,12 +200,26 @@ def step_flops(model: MQWenForConditionalGeneration, shape: BatchShape, recomput
     linear = attention = 0.0
     for number, layer in enumerate(text.layers):
         square = 2 * layer.channels * shape.squares
-        of_linear, of_attention, again = _layer(layer, shape.tokens, square, reached)
+        kept = shape.supervised if text.ends_early and layer is text.layers[-1] else shape.tokens
+        of_linear, of_attention, again = _layer(layer, shape.tokens, kept, square, reached)
         linear, attention = linear + of_linear, attention + of_attention
         recomputed += again * is_recomputed(number, recompute_every)
         reached = reached or layer.trains
     head = _linear(text.head, shape.supervised, reached or trains(text.norm))
     return Flops(tower, projected, linear, attention, head, recomputed)
+
+
+def flops_of_each(model: MQWenForConditionalGeneration, recompute_every: int = 0) -> tuple[float, float, float, float]:
+    """What a position, a squared length, an image and a supervised position add to a step's operations, recomputed ones
+    included: so many times each are `step_flops`, which takes milliseconds, of any shape with an image."""
+
+    def total(tokens: float, squares: float, images: float, supervised: float) -> float:
+        work = step_flops(model, BatchShape(tokens, squares, images, supervised), recompute_every)
+        return work.total + work.recomputed
+
+    image, one = total(0, 0, 1, 0), total(1, 1, 1, 0)
+    square, supervised = total(1, 2, 1, 0) - one, total(1, 1, 1, 1) - one
+    return one - square - image, square, image, supervised
 
 
 def tower_positions(model: MQWenForConditionalGeneration) -> int:
@@ -231,29 +241,27 @@ def _tower(model: MQWenForConditionalGeneration, images: float, recompute_every:
     convolution = 2 * images * patches * 3 * config.patch_size**2 * config.hidden_size
     total, recomputed = convolution * (1 + trains(tower.embeddings.patch_embedding)), 0.0
     reached = trains(tower.embeddings, *norms_before(tower))
-    for number, layer in enumerate(map(tower_layer, tower.encoder.layers)):
+    for number, layer in enumerate(map(tower_layer, tower.encoder.layers[: model.config.vision_layers_read])):
         square = 4 * layer.channels * places * positions  # every patch sees every other
-        if number >= layers_read(model):  # what lies behind the feature layer gets no gradient
-            total += square + _forward([*layer.projections, layer.output, *layer.wide, layer.narrow], positions)
-            continue
-        linear, attention, again = _layer(layer, positions, square, reached)
+        linear, attention, again = _layer(layer, positions, positions, square, reached)
         total, recomputed = total + linear + attention, recomputed + again * is_recomputed(number, recompute_every)
         reached = reached or layer.trains
     return total, recomputed
 
 
-def _layer(layer: Layer, positions: float, square: float, reached: bool) -> tuple[float, float, float]:
+def _layer(layer: Layer, positions: float, kept: float, square: float, reached: bool) -> tuple[float, float, float]:
     """Operations of a layer's linear layers, of its attention, and of a recomputation.
 
-    square: operations of the attention's forward pass. reached: a gradient of the layer's input is wanted.
+    kept: positions that are computed behind the attention. square: operations of the attention's forward pass. reached:
+    a gradient of the layer's input is wanted.
     """
     projections, attention, wide, narrow = layer.needs_grad(reached)
     linear = sum(_linear(module, positions, projections) for module in layer.projections)
-    linear += sum(_linear(module, positions, wide) for module in layer.wide)
-    linear += _linear(layer.output, positions, attention) + _linear(layer.narrow, positions, narrow)
+    linear += sum(_linear(module, kept, wide) for module in layer.wide)
+    linear += _linear(layer.output, kept, attention) + _linear(layer.narrow, kept, narrow)
     # A recomputation ends when the last tensor that was saved is there again: before the MLP's last product.
-    again = square + _forward([*layer.projections, layer.output, *layer.wide], positions)
-    again += _forward([layer.narrow], positions) * bool(adapter_of(layer.narrow))  # whose adapter saves something last
+    again = square + _forward(layer.projections, positions) + _forward([layer.output, *layer.wide], kept)
+    again += _forward([layer.narrow], kept) * bool(adapter_of(layer.narrow))  # whose adapter saves something last
     return linear, square * (1 + 2 * attention), again * (narrow or trains(layer.narrow))
 
 

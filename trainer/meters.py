@@ -7,9 +7,9 @@ with what activation checkpointing computes again. (PaLM, Chowdhery et al. 2022,
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+from operator import mul
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from trainer.data.samples import Batch
 from trainer.errors import ConfigError
 from trainer.evaluate import count_supervised
-from trainer.flops import BatchShape, step_flops
+from trainer.flops import BatchShape, flops_of_each
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 PEAK_TFLOPS = {
@@ -54,15 +54,13 @@ class StepMeter:
     """Times the parts of a step and counts its operations, on this rank."""
 
     def __init__(self, model: MQWenForConditionalGeneration, recompute_every: int, device: torch.device):
-        self._model, self._every, self._on_cuda = model, recompute_every, device.type == "cuda"
+        self._on_cuda = device.type == "cuda"
         bf16 = model.multi_modal_projector.linear_1.weight.dtype == torch.bfloat16
         self._peak = peak_flops(torch.cuda.get_device_name(device), bf16) if self._on_cuda else None
         self._parts: list[tuple[str, Any, Any]] = []
-        try:
-            step_flops(model, BatchShape.padded(1, 1, 0, 0))
-            self._counts = True
-        except ConfigError:  # layers of a kind that is not known
-            self._counts = False
+        self._each: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        with suppress(ConfigError):  # of layers of a kind that is not known
+            self._each = flops_of_each(model), flops_of_each(model, recompute_every)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -93,20 +91,19 @@ class StepMeter:
 
     def operations(self, micro: list[Batch]) -> list[float]:
         """Of a step's micro-batches on this rank: operations that its tokens need, and those that are computed."""
-        if not self._counts:
+        if not self._each:
             return [0.0, 0.0]
-        needed = computed = BatchShape.padded(0, 0, 0, 0)
+        needed = computed = 0.0
         for batch in micro:
             shape = shape_of(batch)
-            shape = replace(shape, images=max(1, shape.images))  # without an image a blank one is computed
-            needed += replace(shape, tokens=batch["tokens"], squares=batch["squares"])
-            computed += shape
-        work = step_flops(self._model, computed, self._every)
-        return [step_flops(self._model, needed).total, work.total + work.recomputed]
+            others = max(1, shape.images), shape.supervised  # without an image a blank one is computed
+            needed += sum(map(mul, self._each[0], (batch["tokens"], batch["squares"], *others)))
+            computed += sum(map(mul, self._each[1], (shape.tokens, shape.squares, *others)))
+        return [needed, computed]
 
     def shares(self, needed: float, computed: float, seconds: float, ranks: int) -> dict[str, float | None]:
         """tflops: needed operations a second and rank, 10^12; mfu and hfu, or None where the peak is not known."""
-        if not self._counts:
+        if not self._each:
             return {"tflops": None, "mfu": None, "hfu": None}
         each = [operations / seconds / ranks for operations in (needed, computed)]
         mfu, hfu = (self._peak and round(of_rank / self._peak, 4) for of_rank in each)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.models import linear_cross_entropy as module
-from trainer.models.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from trainer.models.linear_cross_entropy import IGNORE_INDEX, at_positions, linear_cross_entropy, supervised_positions
 
 # B rows, T tokens, D hidden size, V vocabulary. Row 0 supervises 8 targets (1 to 8), row 1 the 3 last ones.
 B, T, D, V = 2, 9, 16, 50
@@ -24,6 +24,12 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     labels = torch.randint(0, V, (B, T), generator=generator)
     labels[1, :6] = IGNORE_INDEX
     return hidden, weight, labels
+
+
+def loss_of(hidden, weight, labels, num_items=None) -> torch.Tensor:
+    """As the model has it: hidden states (B, T, D) and labels (B, T)."""
+    positions, targets = supervised_positions(labels)
+    return linear_cross_entropy(at_positions(hidden, positions), weight, targets, num_items)
 
 
 def reference(hidden, weight, labels, num_items=None):
@@ -49,7 +55,7 @@ def test_value_and_gradients_equal_the_plain_loss(monkeypatch, rows, trains):
     expected, grad_hidden, grad_weight = reference(hidden, weight, labels)
     hidden.requires_grad_(trains != "weight")
     weight.requires_grad_(trains != "hidden")
-    loss = linear_cross_entropy(hidden, weight, labels)
+    loss = loss_of(hidden, weight, labels)
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     loss.backward()
     assert_close(loss, expected)
@@ -66,13 +72,13 @@ def test_a_chunk_is_as_large_as_its_setting_says(monkeypatch):
     sizes = []
     amax = torch.Tensor.amax
     monkeypatch.setattr(torch.Tensor, "amax", lambda x, dim, **kw: sizes.append(x.shape) or amax(x, dim, **kw))
-    linear_cross_entropy(*inputs())
+    loss_of(*inputs())
     assert sizes == [(4, V), (4, V), (3, V)]  # 11 supervised rows, not all 18
 
 
 def test_without_gradients_only_the_value_is_computed():
     hidden, weight, labels = inputs()
-    loss = linear_cross_entropy(hidden, weight, labels)
+    loss = loss_of(hidden, weight, labels)
     assert not loss.requires_grad
     assert_close(loss, reference(hidden, weight, labels)[0])
 
@@ -83,7 +89,7 @@ def test_upstream_gradient_scales_both(monkeypatch):
     _, grad_hidden, grad_weight = reference(hidden, weight, labels)
     hidden.requires_grad_()
     weight.requires_grad_()
-    (linear_cross_entropy(hidden, weight, labels) * -3).backward()
+    (loss_of(hidden, weight, labels) * -3).backward()
     assert_close(hidden.grad, -3 * grad_hidden)
     assert_close(weight.grad, -3 * grad_weight)
 
@@ -92,21 +98,21 @@ def test_the_divisor_is_num_items():
     hidden, weight, labels = inputs()
     hidden.requires_grad_()
     expected, grad_hidden, _ = reference(hidden, weight, labels, num_items=40)
-    loss = linear_cross_entropy(hidden, weight, labels, num_items=40)
+    loss = loss_of(hidden, weight, labels, num_items=40)
     loss.backward()
     assert_close(loss, expected)
     assert_close(hidden.grad, grad_hidden)
     # The default divisor is the number of targets: 11.
-    assert_close(linear_cross_entropy(hidden, weight, labels), expected * 40 / SUPERVISED)
+    assert_close(loss_of(hidden, weight, labels), expected * 40 / SUPERVISED)
 
 
 def test_micro_batches_add_up_to_the_batch():
     # 8 and 3 targets. Each divided by 11, their sum is the mean over the batch; the mean of means is not.
     hidden, weight, labels = inputs()
-    whole = linear_cross_entropy(hidden, weight, labels)
-    rows = [linear_cross_entropy(hidden[i : i + 1], weight, labels[i : i + 1], SUPERVISED) for i in range(B)]
+    whole = loss_of(hidden, weight, labels)
+    rows = [loss_of(hidden[i : i + 1], weight, labels[i : i + 1], SUPERVISED) for i in range(B)]
     torch.testing.assert_close(sum(rows), whole)
-    means = [linear_cross_entropy(hidden[i : i + 1], weight, labels[i : i + 1]) for i in range(B)]
+    means = [loss_of(hidden[i : i + 1], weight, labels[i : i + 1]) for i in range(B)]
     assert (sum(means) / 2 - whole).abs() > 1e-2
 
 
@@ -118,7 +124,7 @@ def test_no_supervised_label_gives_zero_with_a_graph(num_items):
     labels[:, 1:] = IGNORE_INDEX
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, num_items)
+    loss = loss_of(hidden, weight, labels, num_items)
     loss.backward()
     assert loss.item() == 0.0
     assert hidden.grad.count_nonzero() == 0
@@ -127,20 +133,20 @@ def test_no_supervised_label_gives_zero_with_a_graph(num_items):
 
 def test_unsupervised_positions_have_no_say():
     hidden, weight, labels = inputs()
-    loss = linear_cross_entropy(hidden, weight, labels)
+    loss = loss_of(hidden, weight, labels)
     hidden.requires_grad_()
-    linear_cross_entropy(hidden, weight, labels).backward()
+    loss_of(hidden, weight, labels).backward()
     predicts = torch.zeros(B, T, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     assert (hidden.grad.abs().sum(-1) > 0).equal(predicts)
     poisoned = hidden.detach().masked_fill(~predicts[..., None], torch.nan)
-    assert torch.equal(linear_cross_entropy(poisoned, weight, labels), loss)
+    assert torch.equal(loss_of(poisoned, weight, labels), loss)
 
 
 def test_large_logits_do_not_overflow():
     hidden, weight, labels = inputs()
     hidden = (hidden * 1e4).requires_grad_()  # exp(1e4) is beyond fp32
-    loss = linear_cross_entropy(hidden, weight, labels)
+    loss = loss_of(hidden, weight, labels)
     loss.backward()
     expected, grad_hidden, _ = reference(hidden, weight, labels)
     assert_close(loss, expected)
@@ -158,7 +164,7 @@ def test_bf16_is_as_accurate_as_its_inputs():
     weight.requires_grad_()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(module, "CHUNK_LOGITS", dict.fromkeys((False, True), 10 * V))  # 400 chunks
-        loss = linear_cross_entropy(hidden, weight, labels)
+        loss = loss_of(hidden, weight, labels)
         loss.backward()
     assert loss.dtype == torch.float32
     # Each logit is rounded to 2**-9 of itself; their mean over 4,000 hardly moves.

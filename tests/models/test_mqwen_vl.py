@@ -66,12 +66,13 @@ def test_layer_minus_1_is_the_last_hidden_state_without_its_class_token(model):
 @torch.no_grad()
 def test_layer_minus_2_is_the_hidden_state_before_the_last_layer(tiny_model):
     model = join(tiny_model, vision_feature_layer=-2)
-    # Independently of `hidden_states`: what the last encoder layer is given.
-    seen = []
-    last_layer = model.vision_tower.encoder.layers[-1]
-    last_layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    # As Transformers has it, and by a tower that ends there: the last layer is not run.
+    expected = model.vision_tower(pictures(2), output_hidden_states=True).hidden_states[-2]
+    ran = []
+    model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: ran.append(1))
     features = model.get_image_features(pictures(2))
-    torch.testing.assert_close(features, project(model, seen[0][:, 1:]), **TOLERANCE)
+    torch.testing.assert_close(features, project(model, expected[:, 1:]), **TOLERANCE)
+    assert not ran
     model.config.vision_feature_layer = -1
     assert not torch.allclose(model.get_image_features(pictures(2)), features)
 

@@ -54,6 +54,12 @@ class MQWenVLConfig(PretrainedConfig):
         """Features an image gives: the patches of the square picture."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
+    @property
+    def vision_layers_read(self) -> int:
+        """Layers of the tower up to the one that is projected; those behind it are not computed."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
+
 
 def _sub_config(config, default: type[PretrainedConfig]) -> PretrainedConfig:
     """A config from its dict. Qwen v1 is not among those that Transformers knows by `model_type`."""

@@ -3,6 +3,8 @@
 The logits of a 151,936-word vocabulary are the largest tensor of a training step, and most positions (image features,
 prompts) carry no label. So: keep the labelled rows only, compute a chunk of logits, take its loss and its gradient at
 once, and throw the logits away. Value and gradients equal those of the plain loss.
+
+Shapes: B batch, T tokens, S supervised positions, D hidden size, V vocabulary.
 """
 
 import torch
@@ -59,21 +61,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in ctx.saved_tensors), None
 
 
-def linear_cross_entropy(
-    hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, num_items: int | None = None
-) -> torch.Tensor:
-    """Next-token cross-entropy of `hidden_states @ weight.T` against `labels`, without the whole logits tensor.
+def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """labels (B, T) int64, `IGNORE_INDEX` where there is nothing to predict -> the positions that predict a label, in
+    the flattened batch (B·T), and what each predicts: both (S,) int64. Position t predicts the label at t + 1."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    positions = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+    return positions, targets.index_select(0, positions)
 
-    hidden_states: (B, T, D), float; position t predicts the label at t + 1.
+
+def at_positions(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) -> (1, S, D): the vectors at positions (S,) of the flattened batch."""
+    return hidden_states.flatten(0, 1).index_select(0, positions)[None]
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_items: int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of `hidden_states @ weight.T` against `targets`, without the whole logits tensor.
+
+    hidden_states: (1, S, D), float, at the supervised positions.
     weight: (V, D), the head.
-    labels: (B, T), int64; `IGNORE_INDEX` where there is nothing to predict.
-    num_items: divisor of the sum, the supervised tokens of the whole step; by default those of this batch.
+    targets: (S,), int64.
+    num_items: divisor of the sum, the supervised tokens of the whole step; by default S.
     Returns a float32 scalar. A batch without a label gives 0, with a graph, so that every rank can run backward.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    supervised = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
     if not torch.is_grad_enabled():
         weight = weight.detach()  # else the gradient of a trained head would be made in evaluation too
-    hidden = hidden_states.flatten(0, 1).index_select(0, supervised)  # (supervised, D)
-    loss = _LinearCrossEntropy.apply(hidden, weight, targets.index_select(0, supervised))
-    return loss / max(1, supervised.numel() if num_items is None else num_items)
+    loss = _LinearCrossEntropy.apply(hidden_states[0], weight, targets)
+    return loss / max(1, targets.numel() if num_items is None else num_items)

@@ -20,8 +20,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .configuration_qwen import QWenConfig
+from .linear_cross_entropy import at_positions
 from .modeling_mqwen import GeneratesFromImages, ImagePlaceholder, MQWenLMHeadModel, embed
-from .modeling_qwen import QWenHead, check_labels, default_positions, next_token_loss
+from .modeling_qwen import QWenHead, check_labels, default_positions, labelled, next_token_loss
 from .packed_attention import check_packed, packed_attention
 
 PACKED_SDPA = "mqwen_packed_sdpa"
@@ -155,13 +156,11 @@ class CausalLMWithImages(GeneratesFromImages):
 
     def _loss_only(self, inputs, labels, num_items_in_batch):
         """From the supervised positions alone, without logits."""
-        if labels is None:
-            raise ValueError("loss_only needs labels")
+        positions, targets = labelled(labels, inputs["inputs_embeds"].shape[1])
         outputs = self.get_decoder()(**inputs, return_dict=True)
-        hidden_states = outputs.last_hidden_state
-        check_labels(labels, hidden_states.shape[1])
+        hidden_states = at_positions(outputs.last_hidden_state, positions)
         return CausalLMOutputWithPast(
-            loss=self.get_output_embeddings()(hidden_states, labels, num_items_in_batch),
+            loss=self.get_output_embeddings()(hidden_states, targets, num_items_in_batch),
             past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )  # fmt: skip

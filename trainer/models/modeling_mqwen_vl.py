@@ -103,14 +103,24 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) floats as the tower's processor normalises them -> (N, P, D) features for the language model."""
-        layer = self.config.vision_feature_layer
         # A frozen tower keeps no graph, whatever the projector behind it needs.
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trains):
-            outputs = self.vision_tower(pixel_values, output_hidden_states=layer != -1)
-            patches = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+            patches = self._hidden_states(pixel_values)
         patches = patches[:, -self.config.image_context_length :]  # without the class token, which comes first
         return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
+
+    def _hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, positions, V) of the tower: its last, or those behind `vision_layers_read` layers, where it ends."""
+        tower = self.vision_tower
+        if self.config.vision_feature_layer == -1:
+            return tower(pixel_values).last_hidden_state
+        hidden_states = tower.embeddings(pixel_values)
+        if hasattr(tower, "pre_layrnorm"):  # CLIP's
+            hidden_states = tower.pre_layrnorm(hidden_states)
+        for layer in tower.encoder.layers[: self.config.vision_layers_read]:
+            hidden_states = layer(hidden_states, attention_mask=None)
+        return hidden_states
 
     def forward(
         self,

@@ -5,7 +5,8 @@
 Nothing here is a buffer: rotary angles and the log-n scale are computed from the positions at each call, so there is
 no table that loading on the meta device or casting to bf16 could spoil.
 
-Shapes: B batch, T tokens of this call, S tokens attended (cache included), H heads, C channels a head, D hidden size.
+Shapes: B batch, T tokens of this call, S tokens attended (cache included), P positions that are kept, H heads, C
+channels a head, D hidden size.
 """
 
 import math
@@ -23,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_qwen import QWenConfig
 from .elementwise import gated, one_pass, rms_norm
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import at_positions, linear_cross_entropy, supervised_positions
 from .packed_attention import check_packed, packed_attention
 from .rotary import apply_rotary, ntk_alpha, rotary_cos_sin
 
@@ -71,7 +72,7 @@ class QWenAttention(nn.Module):
 
     def forward(
         self, hidden_states, rotary, logn_scale, attention_mask=None, past_key_values=None,
-        cu_seq_lens_q=None, max_length_q=None, **kwargs,
+        cu_seq_lens_q=None, max_length_q=None, kept=None, **kwargs,
     ):  # fmt: skip
         batch, length = hidden_states.shape[:2]
         qkv = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim)
@@ -84,13 +85,15 @@ class QWenAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.config.attn_dropout_prob if self.training else 0.0
         if cu_seq_lens_q is not None:
+            weights = None
             output = packed_attention(query, key, value, cu_seq_lens_q, max_length_q, self.scaling, dropout)
-            return self.c_proj(output.reshape(batch, length, -1)), None
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attention(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
-        )
-        return self.c_proj(output.reshape(batch, length, -1)), weights
+        else:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            output, weights = attention(
+                self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+            )
+        output = output.reshape(batch, length, -1)
+        return self.c_proj(output if kept is None else at_positions(output, kept)), weights
 
 
 class QWenMLP(nn.Module):
@@ -111,7 +114,8 @@ class QWenMLP(nn.Module):
 
 
 class QWenBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer. kept (P,): positions of the flattened batch that anyone reads; behind the attention
+    only these are computed, and it returns (1, P, D)."""
 
     def __init__(self, config: QWenConfig, layer_idx: int):
         super().__init__()
@@ -120,8 +124,10 @@ class QWenBlock(GradientCheckpointingLayer):
         self.ln_2 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mlp = QWenMLP(config)
 
-    def forward(self, hidden_states, **kwargs):
-        attention, weights = self.attn(self.ln_1(hidden_states), **kwargs)
+    def forward(self, hidden_states, kept=None, **kwargs):
+        attention, weights = self.attn(self.ln_1(hidden_states), kept=kept, **kwargs)
+        if kept is not None:
+            hidden_states = at_positions(hidden_states, kept)
         hidden_states = hidden_states + attention
         return hidden_states + self.mlp(self.ln_2(hidden_states)), weights
 
@@ -186,12 +192,16 @@ class QWenModel(QWenPreTrainedModel):
         return_dict: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
+        kept: torch.Tensor | None = None,
         **kwargs,
     ):
         """input_ids (B, T) int64 or inputs_embeds (B, T, D); attention_mask (B, S), 1 where attended.
 
         cu_seq_lens_q (documents + 1,) int32 and max_length_q, the longest: a single row (B = 1) holds so many packed
         documents, with `position_ids` that start anew in each; attention stays inside them.
+
+        kept (P,) int64: positions of the flattened batch (B·T) whose last hidden states are wanted, which are then
+        (1, P, D). The last layer computes the others' keys and values alone.
 
         `token_type_ids` has no meaning for Qwen and is ignored. Raises ValueError for `head_mask` and encoder states,
         which this decoder cannot honour. Returns the last hidden states (B, T, D) and, if asked, the cache, all
@@ -237,7 +247,8 @@ class QWenModel(QWenPreTrainedModel):
         all_hidden_states, all_attentions = [], []
         for block in self.h:
             all_hidden_states.append(hidden_states)
-            hidden_states, attentions = block(hidden_states, **layer_inputs, **kwargs)
+            of_block = kept if block is self.h[-1] else None
+            hidden_states, attentions = block(hidden_states, kept=of_block, **layer_inputs, **kwargs)
             all_attentions.append(attentions)
             if not output_hidden_states:
                 all_hidden_states.clear()
@@ -281,20 +292,28 @@ def default_positions(hidden_states, attention_mask, past_length: int) -> torch.
 
 
 class QWenHead(nn.Linear):
-    """Projection onto the vocabulary. Given labels it returns the loss and makes no logits; that happens inside this
-    module's forward because ZeRO-3 gathers a weight only while its module runs."""
+    """Projection onto the vocabulary. Given targets (P,) of hidden states (1, P, D) it returns the loss and makes no
+    logits; that happens inside this module's forward because ZeRO-3 gathers a weight only while its module runs."""
 
-    def forward(self, hidden_states, labels=None, num_items=None):
+    def forward(self, hidden_states, targets=None, num_items=None):
         hidden_states = hidden_states.to(self.weight.dtype)  # config.bf16 casts the transformer alone
-        if labels is None:
+        if targets is None:
             return super().forward(hidden_states)
-        return linear_cross_entropy(hidden_states, self.weight, labels, num_items)
+        return linear_cross_entropy(hidden_states, self.weight, targets, num_items)
 
 
 def check_labels(labels: torch.Tensor, length: int) -> None:
     """Raises ValueError where labels (B, T) are for another number of positions."""
     if labels.shape[1] != length:
         raise ValueError(f"labels of {labels.shape[1]} positions for logits of {length}")
+
+
+def labelled(labels: torch.Tensor | None, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`supervised_positions` of labels (B, T). Raises ValueError where they are missing, or for other positions."""
+    if labels is None:
+        raise ValueError("loss_only needs labels")
+    check_labels(labels, length)
+    return supervised_positions(labels)
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: int | None = None) -> torch.Tensor:
@@ -351,10 +370,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         """As `QWenModel.forward`, with the head.
 
         labels (B, T): next-token targets, -100 where nothing is supervised; the loss is their mean cross-entropy, or
-        their sum over `num_items_in_batch`. `loss_only` computes it from the supervised positions alone and returns
-        no logits. `logits_to_keep`: only the last so many positions (0: all), or the positions of an index tensor.
+        their sum over `num_items_in_batch`. `loss_only` computes it, and what comes after the last attention, at the
+        supervised positions alone and returns no logits. `logits_to_keep`: only the last so many positions (0: all),
+        or the positions of an index tensor.
         Returns `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
         """
+        given, targets = input_ids if inputs_embeds is None else inputs_embeds, None
+        if loss_only and given is not None:
+            kwargs["kept"], targets = labelled(labels, given.shape[1])
         outputs = self.transformer(
             input_ids=input_ids, past_key_values=past_key_values, attention_mask=attention_mask,
             token_type_ids=token_type_ids, position_ids=position_ids, head_mask=head_mask,
@@ -362,20 +385,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             encoder_attention_mask=encoder_attention_mask, use_cache=use_cache, output_attentions=output_attentions,
             output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
         )  # fmt: skip
-        return self._head(outputs, labels, logits_to_keep, loss_only, num_items_in_batch, return_dict)
-
-    def _head(self, outputs, labels, logits_to_keep, loss_only, num_items_in_batch, return_dict):
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if loss_only and labels is None:
-            raise ValueError("loss_only needs labels")
-        if not loss_only:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
-        if labels is not None:
-            check_labels(labels, hidden_states.shape[1] if logits is None else logits.shape[1])
         if loss_only:
-            loss = self.lm_head(hidden_states, labels, num_items_in_batch)
-        elif labels is not None and logits is not None:
+            loss = self.lm_head(hidden_states, targets, num_items_in_batch)
+        else:
+            read = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, read])
+        if labels is not None and logits is not None:
+            check_labels(labels, logits.shape[1])
             loss = next_token_loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values,
