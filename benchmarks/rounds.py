@@ -127,8 +127,9 @@ def compare(
                     arm.rounds += [arm.train(steps, ends) for _ in range(rounds)]
                     bar.update(rounds)
                     arm.stop()
-            for _ in range(rounds if by_turns else 0):
-                for arm in arms.values():
+            for number in range(rounds if by_turns else 0):
+                # Back and forth: what an arm's workers do at its round's end disturbs the next arm.
+                for arm in list(arms.values())[:: -1 if number % 2 else 1]:
                     arm.rounds.append(arm.train(steps, ends))
                     bar.update()
     finally:

@@ -361,6 +361,28 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(tiny_model, loss_on
     assert [name for name in gradients if not torch.equal(gradients[name], recomputed[name])] == []
 
 
+def test_loss_only_runs_the_end_of_the_last_layer_where_something_is_learnt(tiny_model):
+    widths = {}
+    for number, block in enumerate(tiny_model.transformer.h):
+        for name, module in (("keys", block.attn.c_attn), ("output", block.attn.c_proj), ("gate", block.mlp.w1)):
+            module.register_forward_hook(lambda _, __, out, at=(number, name): widths.update({at: out.shape[:-1]}))
+    ids = torch.tensor([[11, 12, 13, 14], [15, 16, 17, 18]])
+    labels = torch.tensor([[-100, 12, -100, 14], [-100, -100, -100, 18]])
+    tiny_model(ids, labels=labels, loss_only=True)
+    everywhere, supervised = (2, 4), (1, 3)
+    assert widths == {(0, "keys"): everywhere, (0, "output"): everywhere, (0, "gate"): everywhere,
+                      (1, "keys"): everywhere, (1, "output"): supervised, (1, "gate"): supervised}  # fmt: skip
+
+
+def test_loss_only_without_a_label_still_has_a_gradient_of_everything(tiny_model):
+    # Every rank runs backward, and under ZeRO-2 every parameter has to arrive there.
+    ids = torch.tensor([[11, X, 12, 13]])
+    output = tiny_model.train()(ids, features(1), labels=torch.full_like(ids, -100), loss_only=True)
+    output.loss.backward()
+    assert output.loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in tiny_model.parameters())
+
+
 def test_loss_only_gives_the_same_gradients(tiny_model):
     loss, gradients = step(tiny_model)
     cheap, same = step(tiny_model, loss_only=True)

@@ -50,4 +50,4 @@ def packed_attention(
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, **grouped)
         for q, k, v in documents
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
