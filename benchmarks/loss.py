@@ -60,7 +60,7 @@ def losses(device: torch.device) -> dict[str, Loss]:
 
         def torchs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             rows, targets = rows_of(hidden, labels)
-            return fused(rows[0], weight, targets)
+            return fused(rows.flatten(0, 1), weight, targets)
 
         found["PyTorch's, on our rows"] = torchs
     try:
@@ -70,7 +70,7 @@ def losses(device: torch.device) -> dict[str, Loss]:
 
     def ligers(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rows, targets = rows_of(hidden, labels)
-        return LigerFusedLinearCrossEntropyLoss()(weight, rows[0], targets)
+        return LigerFusedLinearCrossEntropyLoss()(weight, rows.flatten(0, 1), targets)
 
     return found | {"Liger's, on our rows": ligers}
 

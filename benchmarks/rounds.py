@@ -128,7 +128,7 @@ def compare(
                     bar.update(rounds)
                     arm.stop()
             for number in range(rounds if by_turns else 0):
-                # Back and forth: what an arm's workers do at its round's end disturbs the next arm.
+                # Back and forth, lest one arm always follows the same other, whose workers are still at it.
                 for arm in list(arms.values())[:: -1 if number % 2 else 1]:
                     arm.rounds.append(arm.train(steps, ends))
                     bar.update()

@@ -47,6 +47,10 @@ QWEN = qwen_layers(*range(12)) | {
 }
 
 
+UNREAD = {f"vision_tower.post_layernorm.{kind}" for kind in ("weight", "bias")}
+"""CLIP's norm for its class token: frozen always."""
+
+
 def frozen(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
@@ -67,7 +71,7 @@ def frozen(model) -> set[str]:
 )
 def test_pattern_freezes_exactly(model, pattern, expected):
     freeze(model, [pattern])
-    assert frozen(model) == expected
+    assert frozen(model) == expected | UNREAD
 
 
 def test_part_vision_tower_is_all_of_clip(model):
@@ -79,12 +83,23 @@ def test_part_vision_tower_is_all_of_clip(model):
 def test_patterns_add_up(model):
     freeze(model, ["language_model.layers.0-9", "language_model.layers.8-10", "wte", "projector"])
     expected = qwen_layers(*range(11)) | {"language_model.transformer.wte.weight", *PROJECTOR}
-    assert frozen(model) == expected
+    assert frozen(model) == expected | UNREAD
 
 
-def test_nothing_frozen_without_patterns(model):
+def test_without_patterns_all_trains_that_is_read(model, caplog):
+    caplog.set_level("INFO", "trainer")
     freeze(model, [])
-    assert frozen(model) == set()
+    assert frozen(model) == UNREAD
+    assert "16 parameters of the vision tower do not train: behind layer -1, nothing reads them" in caplog.text
+    caplog.clear()
+    model.requires_grad_(True)
+    model.config.vision_feature_layer = -2
+    freeze(model, ["language_model"])
+    assert frozen(model) == QWEN | UNREAD | clip_layers(2)
+    assert "548 parameters" in caplog.text  # a layer's 532 and the norm
+    caplog.clear()
+    freeze(model, ["vision_tower"])  # of which nothing trains: no news
+    assert not caplog.text
 
 
 def test_bad_patterns_and_nothing_left_are_reported_together(model):

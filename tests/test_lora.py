@@ -108,6 +108,21 @@ def test_gradients_reach_the_lowest_layer_under_frozen_embeddings(every):
             assert parameter.grad is None, name
 
 
+def test_gradients_are_those_of_the_loss_of_all_logits():
+    model = adapted(target_modules="c_attn|c_proj|w1|w2", dropout=0.0)
+    freeze(model, ["vision_tower"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.02)
+    inputs, _ = batch_of(model, packed=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = [model(**inputs, loss_only=loss_only, use_cache=False).loss for loss_only in (True, False)]
+    torch.testing.assert_close(losses[0], losses[1])
+    found, expected = (torch.autograd.grad(loss, trained) for loss in losses)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_freeze_names_weights_as_they_are_without_lora_and_no_adapter():
     model = adapted()
     # The language model is frozen anyway, which may be said of it as a whole; adapters are in each of the others.

@@ -49,7 +49,7 @@ class Activations:
     """For a while: what the backward pass of the last norm or layer makes, when all layers are still kept. With
     activation checkpointing that is also what the layer keeps, computed again."""
     others: float
-    """The same of another layer, less what the last one kept, if that is less than others keep."""
+    """The same of another layer, less what a last layer that ends early has kept: that is gone by then."""
 
     @property
     def working(self) -> float:
@@ -79,14 +79,14 @@ def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, re
     # Cosines and sines, the same in all layers: Qwen v1 keeps them in fp32.
     heads, angle_size = config.num_attention_heads, FP32 if isinstance(config, QWenConfig) else size
     saved += 2 * angle_size * (text.layers[0].channels // heads) * shape.width
-    kept, last, others = _layers(text, shape, heads, size, reached, recompute_every)
+    of_layers, last, others = _layers(text, shape, heads, size, reached, recompute_every)
     reached = reached or trains(text.norm) or any(layer.trains for layer in text.layers)
 
     head_values = vocabulary * width * trains(head)
     chunk = min(shape.supervised, chunk_rows(vocabulary, trains(head))) * vocabulary
     other = size * (size != FP32)  # what is in fp32 too, where that is not the model's own type
     return Activations(
-        saved=tower + projector + saved + kept,
+        saved=tower + projector + saved + of_layers,
         loss=size * shape.supervised * width * reached + 8 * shape.supervised + size * head_values,
         logits=(FP32 + other) * chunk + (FP32 + other) * head_values * (size != FP32),
         last=last,
@@ -101,14 +101,14 @@ def _layers(
     last layer and of the others."""
     width = text.head.in_features
     norm = 5 * FP32 * width  # bytes a token: what a norm's backward pass makes
-    saved = last = others = gone = 0.0
+    saved = working = others = gone = 0.0
     for number, layer in enumerate(text.layers):
-        others = max(others, last)
+        others = max(others, working)  # of the layer before
         ends_early = text.ends_early and layer is text.layers[-1]
-        kept = shape.supervised if ends_early else shape.tokens
+        positions = shape.supervised if ends_early else shape.tokens  # behind the attention
         # Outputs of packed documents are put together, and what is read is taken out; else the attention keeps them.
         before, behind = _decoder_layer(layer, heads, size, reached, joined=shape.packed or ends_early)
-        of_layer, again = shape.tokens * before + kept * behind, 0.0
+        of_layer, again = shape.tokens * before + positions * behind, 0.0
         if is_recomputed(number, recompute_every):
             again, of_layer = of_layer, shape.tokens * size * width * (reached or layer.trains)  # its input
         saved += of_layer
@@ -116,12 +116,12 @@ def _layers(
             gone, others = of_layer, max(others, norm * shape.tokens * reached)
         reached = reached or layer.trains
         # Gradients in three branches; but what the last product of a trained one keeps is gone by then.
-        mlp = size * kept * layer.narrow.in_features * (3 - trains(layer.narrow)) * reached
+        mlp = size * positions * layer.narrow.in_features * (3 - trains(layer.narrow)) * reached
         # Those of the residual stream, of the attention's output, of query, key and value.
-        attention = size * shape.tokens * (width + 4 * layer.channels) * reached - kept * behind
-        last = again + max(mlp, attention)
-    saved += kept * _rms_norm(text.norm, size, reached)
-    return saved, max(last, norm * kept * (reached or trains(text.norm))), others - gone
+        attention = size * shape.tokens * (width + 4 * layer.channels) * reached - positions * behind
+        working = again + max(mlp, attention)
+    saved += positions * _rms_norm(text.norm, size, reached)
+    return saved, max(working, norm * positions * (reached or trains(text.norm))), others - gone
 
 
 def _rms_norm(norm: Any, size: int, reached: bool, heads: int = 1) -> float:

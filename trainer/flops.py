@@ -6,6 +6,7 @@ gradient of its input, where that is wanted, and the same for the gradient of it
 layer with something trained before it costs twice its forward pass, a trained one three times. (Kaplan et al. 2020,
 section 2.1; PaLM, Chowdhery et al. 2022, appendix B, for what MFU counts) LoRA adds two narrow trained layers.
 
+Of Qwen (v1) the last layer counts, behind its attention, where something is supervised: it is computed nowhere else.
 Causal attention counts the half of the square that is needed: 2·A·S² for a document of S tokens and heads A channels
 wide together. What activation checkpointing computes a second time is kept apart: MFU leaves it out, HFU counts it.
 """
@@ -30,7 +31,7 @@ class BatchShape:
     """Sum of the squared lengths of what attends to itself: rows, or the documents of packs."""
     images: float
     supervised: float
-    """Positions with a label to predict: those the head runs at."""
+    """Positions with a label to predict: those the head runs at, and the end of a last layer that `ends_early`."""
     packed: bool = False
     """One row of documents, without padding."""
 
@@ -77,7 +78,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """What the model needs, whatever the implementation: the numerator of MFU."""
+        """What the loss and its gradients need: the numerator of MFU."""
         return self.tower + self.projector + self.linear + self.attention + self.head
 
 

@@ -6,8 +6,10 @@ import re
 from torch import nn
 
 from trainer.config_checks import frozen_by_lora
+from trainer.dist import log
 from trainer.errors import ConfigError
 from trainer.lora import describe_adapter, is_adapter, stored_name
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 PARTS = {"vision_tower": "vision_tower.", "projector": "multi_modal_projector.", "language_model": "language_model."}
 """Name in configurations -> prefix of its parameters."""
@@ -29,11 +31,12 @@ def part_of(name: str) -> str:
     return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
 
 
-def freeze(model: nn.Module, patterns: list[str]) -> None:
+def freeze(model: MQWenForConditionalGeneration, patterns: list[str]) -> None:
     """Turns off gradients of every parameter that a pattern names.
 
     A pattern is a part, a range of layers ("language_model.layers.0-11", both ends included) or a regular expression
-    searched for in the parameter's name, as it is without LoRA; adapters are left as they are. Raises ConfigError, for
+    searched for in the parameter's name, as it is without LoRA; adapters are left as they are. What no feature depends
+    on of a tower that trains (`unread_parameters`) is turned off too, and logged. Raises ConfigError, for
     all patterns at once, where one matches nothing or is no expression, or where nothing would be left to train; and
     with adapters, which freeze the language model, where one is of some of its weights alone.
     """
@@ -56,6 +59,14 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
             if has_adapter and pattern not in PARTS and {part_of(name) for name in named} == {"language_model"}:
                 errors.append(frozen_by_lora(pattern))
                 break
+    unread = [parameter for parameter in model.unread_parameters().values() if parameter.requires_grad]
+    for parameter in unread:
+        parameter.requires_grad_(False)
+    if unread and any(parameter.requires_grad for parameter in model.vision_tower.parameters()):
+        layer, count = model.config.vision_feature_layer, sum(parameter.numel() for parameter in unread)
+        log.info(
+            "%s parameters of the vision tower do not train: behind layer %s, nothing reads them", f"{count:,}", layer
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         errors.append("everything is frozen: nothing is left to train")
     if errors:

@@ -46,7 +46,7 @@ def shape_of(batch: Batch) -> BatchShape:
     rows, width = batch["input_ids"].shape
     images, supervised, ends = len(batch["pixel_values"]), count_supervised(batch), batch["document_ends"]
     if ends is None:
-        return BatchShape(rows * width, rows * width**2, images, supervised)
+        return BatchShape.padded(rows, width, images, supervised)
     return BatchShape(width, sum((end - start) ** 2 for start, end in pairwise([0, *ends])), images, supervised, True)
 
 
@@ -58,9 +58,9 @@ class StepMeter:
         bf16 = model.multi_modal_projector.linear_1.weight.dtype == torch.bfloat16
         self._peak = peak_flops(torch.cuda.get_device_name(device), bf16) if self._on_cuda else None
         self._parts: list[tuple[str, Any, Any]] = []
-        self._each: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        self._needed = self._computed = None
         with suppress(ConfigError):  # of layers of a kind that is not known
-            self._each = flops_of_each(model), flops_of_each(model, recompute_every)
+            self._needed, self._computed = flops_of_each(model), flops_of_each(model, recompute_every)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -91,19 +91,19 @@ class StepMeter:
 
     def operations(self, micro: list[Batch]) -> list[float]:
         """Of a step's micro-batches on this rank: operations that its tokens need, and those that are computed."""
-        if not self._each:
+        if not self._needed or not self._computed:
             return [0.0, 0.0]
         needed = computed = 0.0
         for batch in micro:
             shape = shape_of(batch)
             others = max(1, shape.images), shape.supervised  # without an image a blank one is computed
-            needed += sum(map(mul, self._each[0], (batch["tokens"], batch["squares"], *others)))
-            computed += sum(map(mul, self._each[1], (shape.tokens, shape.squares, *others)))
+            needed += sum(map(mul, self._needed, (batch["tokens"], batch["squares"], *others)))
+            computed += sum(map(mul, self._computed, (shape.tokens, shape.squares, *others)))
         return [needed, computed]
 
     def shares(self, needed: float, computed: float, seconds: float, ranks: int) -> dict[str, float | None]:
         """tflops: needed operations a second and rank, 10^12; mfu and hfu, or None where the peak is not known."""
-        if not self._each:
+        if not self._needed:
             return {"tflops": None, "mfu": None, "hfu": None}
         each = [operations / seconds / ranks for operations in (needed, computed)]
         mfu, hfu = (self._peak and round(of_rank / self._peak, 4) for of_rank in each)

@@ -204,7 +204,7 @@ def test_another_architecture_serves_too_and_one_that_is_no_language_model_is_re
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", [-1, -2, 1])
+@pytest.mark.parametrize("layer", [-1, -2, 0, 1, 2])
 def test_every_patch_of_siglip_is_a_feature(layer):
     torch.manual_seed(0)
     vision = SiglipVisionConfig(**TOWER)

@@ -37,6 +37,25 @@ def test_loss_and_gradients_are_those_of_the_plain_functions(frozen):
     assert any(not torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
 
 
+def test_batches_that_teach_one_token_or_none_compile_nothing():
+    model = small_model()
+    freeze(model, ["vision_tower", "language_model"])
+    fuse_elementwise(model)
+    inputs, _ = batch_of(model, packed=True)
+    taught = (inputs["labels"] != -100).nonzero()
+
+    def loss_of(tokens: int) -> torch.Tensor:
+        labels = torch.full_like(inputs["labels"], -100)
+        labels[0, taught[:tokens, 1]] = 5
+        loss = model(**inputs | {"labels": labels}, loss_only=True, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    loss_of(40)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert [bool(loss_of(tokens)) for tokens in (0, 1, 2, 30)] == [False, True, True, True]
+
+
 def test_a_model_of_which_nothing_can_be_fused_is_refused():
     fuse_elementwise(small_model())
     with pytest.raises(ConfigError, match=r"model.fuse_elementwise: only .* Qwen \(v1\)"):

@@ -383,9 +383,12 @@ def test_loss_only_without_a_label_still_has_a_gradient_of_everything(tiny_model
     assert all(p.grad is not None and not p.grad.any() for p in tiny_model.parameters())
 
 
-def test_loss_only_gives_the_same_gradients(tiny_model):
-    loss, gradients = step(tiny_model)
-    cheap, same = step(tiny_model, loss_only=True)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_loss_only_gives_the_same_gradients(tiny_model, padding):
+    masks = {"none": [[1] * 5] * 2, "left": [[1] * 5, [0, 1, 1, 1, 1]], "right": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]}
+    mask = torch.tensor(masks[padding])
+    loss, gradients = step(tiny_model, attention_mask=mask)
+    cheap, same = step(tiny_model, attention_mask=mask, loss_only=True)
     torch.testing.assert_close(cheap, loss, **TOLERANCE)
     for name, gradient in gradients.items():
         torch.testing.assert_close(same[name], gradient, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")

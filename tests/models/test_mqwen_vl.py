@@ -78,6 +78,22 @@ def test_layer_minus_2_is_the_hidden_state_before_the_last_layer(tiny_model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layer", [1, -1])
+def test_any_layer_is_as_transformers_has_it_and_what_lies_behind_is_known(tiny_model, layer):
+    model = join(tiny_model, vision_feature_layer=layer)
+    expected = model.vision_tower(pictures(2), output_hidden_states=True).hidden_states[layer]
+    before = model.get_image_features(pictures(2))
+    torch.testing.assert_close(before, project(model, expected[:, 1:]), **TOLERANCE)
+    unread = model.unread_parameters()
+    for name, parameter in model.vision_tower.named_parameters():
+        saved = parameter.clone()
+        parameter.add_(torch.randn_like(parameter))
+        is_unread = torch.equal(model.get_image_features(pictures(2)), before)
+        assert is_unread == (f"vision_tower.{name}" in unread), name
+        parameter.copy_(saved)
+
+
+@torch.no_grad()
 def test_logits_are_those_of_the_language_model_given_the_features(model):
     features = model.get_image_features(pictures(3))
     expected = model.language_model(INPUT_IDS, features, labels=INPUT_IDS)

@@ -57,6 +57,9 @@ def test_losses_are_those_of_each_document_alone_token_by_token(tiny_model, docu
     torch.testing.assert_close(packed[supervised], torch.cat(alone), atol=1e-5, rtol=1e-5)
     mean = tiny_model(**inputs, labels=labels, use_cache=False, loss_only=True).loss
     torch.testing.assert_close(mean, torch.cat(alone).mean(), atol=1e-5, rtol=1e-5)
+    parameters = list(tiny_model.parameters())
+    found, expected = (torch.autograd.grad(loss, parameters) for loss in (mean, torch.cat(alone).mean()))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_another_document_changes_nothing(tiny_model, documents):

@@ -23,4 +23,10 @@ def gated(up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 def one_pass(function: Callable) -> Callable:
     """An element-wise function in one pass over its tensors, forward and backward, compiled when first called: what
     modules whose `fused` is set use in training."""
-    return torch.compile(function, dynamic=True)
+    compiled = torch.compile(function, dynamic=True)
+
+    def called(first: torch.Tensor, *others):
+        # PyTorch would compile anew for a single position, or none: the last layer of a batch that teaches one token.
+        return (compiled if first.shape[-2] > 1 else function)(first, *others)
+
+    return called

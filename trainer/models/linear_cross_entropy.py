@@ -87,5 +87,5 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()  # else the gradient of a trained head would be made in evaluation too
-    loss = _LinearCrossEntropy.apply(hidden_states[0], weight, targets)
+    loss = _LinearCrossEntropy.apply(hidden_states.flatten(0, 1), weight, targets)
     return loss / max(1, targets.numel() if num_items is None else num_items)

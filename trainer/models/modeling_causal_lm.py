@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from .configuration_qwen import QWenConfig
 from .linear_cross_entropy import at_positions
 from .modeling_mqwen import GeneratesFromImages, ImagePlaceholder, MQWenLMHeadModel, embed
-from .modeling_qwen import QWenHead, check_labels, default_positions, labelled, next_token_loss
+from .modeling_qwen import QWenHead, check_labels, checked_positions, default_positions, next_token_loss
 from .packed_attention import check_packed, packed_attention
 
 PACKED_SDPA = "mqwen_packed_sdpa"
@@ -156,7 +156,7 @@ class CausalLMWithImages(GeneratesFromImages):
 
     def _loss_only(self, inputs, labels, num_items_in_batch):
         """From the supervised positions alone, without logits."""
-        positions, targets = labelled(labels, inputs["inputs_embeds"].shape[1])
+        positions, targets = checked_positions(labels, inputs["inputs_embeds"])
         outputs = self.get_decoder()(**inputs, return_dict=True)
         hidden_states = at_positions(outputs.last_hidden_state, positions)
         return CausalLMOutputWithPast(

@@ -111,7 +111,9 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
 
     def _hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(N, positions, V) of the tower: its last, or those behind `vision_layers_read` layers, where it ends."""
+        """(N, positions, V) of the tower, at `vision_feature_layer`."""
+        # Layer by layer, for the tower itself would run them all. The last hidden state is what it returns, though:
+        # SigLIP's norm is in it.
         tower = self.vision_tower
         if self.config.vision_feature_layer == -1:
             return tower(pixel_values).last_hidden_state
@@ -121,6 +123,18 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for layer in tower.encoder.layers[: self.config.vision_layers_read]:
             hidden_states = layer(hidden_states, attention_mask=None)
         return hidden_states
+
+    def unread_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the tower that no feature depends on, by name: of the layers behind the one that is read, and
+        of a norm behind them."""
+        config = self.config
+        unread = {
+            f"encoder.layers.{i}." for i in range(config.vision_layers_read, config.vision_config.num_hidden_layers)
+        }
+        if config.vision_config.model_type == "clip_vision_model" or config.vision_feature_layer != -1:
+            unread.add("post_layernorm.")  # CLIP's is for its class token alone
+        named = self.vision_tower.named_parameters()
+        return {f"vision_tower.{name}": p for name, p in named if name.startswith(tuple(unread))}
 
     def forward(
         self,

@@ -201,11 +201,11 @@ class QWenModel(QWenPreTrainedModel):
         documents, with `position_ids` that start anew in each; attention stays inside them.
 
         kept (P,) int64: positions of the flattened batch (B·T) whose last hidden states are wanted, which are then
-        (1, P, D). The last layer computes the others' keys and values alone.
+        (1, P, D): what comes behind the last attention is computed there alone.
 
         `token_type_ids` has no meaning for Qwen and is ignored. Raises ValueError for `head_mask` and encoder states,
         which this decoder cannot honour. Returns the last hidden states (B, T, D) and, if asked, the cache, all
-        hidden states and all attention weights.
+        hidden states (with `kept` the last of them is shorter) and all attention weights.
         """
         if head_mask is not None or encoder_hidden_states is not None or encoder_attention_mask is not None:
             raise ValueError("Qwen has neither head masks nor cross-attention: leave head_mask and encoder_* out.")
@@ -247,8 +247,8 @@ class QWenModel(QWenPreTrainedModel):
         all_hidden_states, all_attentions = [], []
         for block in self.h:
             all_hidden_states.append(hidden_states)
-            of_block = kept if block is self.h[-1] else None
-            hidden_states, attentions = block(hidden_states, kept=of_block, **layer_inputs, **kwargs)
+            is_last = block is self.h[-1]
+            hidden_states, attentions = block(hidden_states, kept=kept if is_last else None, **layer_inputs, **kwargs)
             all_attentions.append(attentions)
             if not output_hidden_states:
                 all_hidden_states.clear()
@@ -308,11 +308,12 @@ def check_labels(labels: torch.Tensor, length: int) -> None:
         raise ValueError(f"labels of {labels.shape[1]} positions for logits of {length}")
 
 
-def labelled(labels: torch.Tensor | None, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`supervised_positions` of labels (B, T). Raises ValueError where they are missing, or for other positions."""
-    if labels is None:
-        raise ValueError("loss_only needs labels")
-    check_labels(labels, length)
+def checked_positions(labels: torch.Tensor | None, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`supervised_positions` of labels for what a model is given, ids or embeddings (B, T, ...). Raises ValueError
+    where either is missing, or the labels are for another number of positions."""
+    if labels is None or given is None:
+        raise ValueError("loss_only needs labels, and input_ids or inputs_embeds")
+    check_labels(labels, given.shape[1])
     return supervised_positions(labels)
 
 
@@ -375,25 +376,25 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         or the positions of an index tensor.
         Returns `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
         """
-        given, targets = input_ids if inputs_embeds is None else inputs_embeds, None
-        if loss_only and given is not None:
-            kwargs["kept"], targets = labelled(labels, given.shape[1])
+        kept = targets = None
+        if loss_only:
+            kept, targets = checked_positions(labels, input_ids if inputs_embeds is None else inputs_embeds)
         outputs = self.transformer(
             input_ids=input_ids, past_key_values=past_key_values, attention_mask=attention_mask,
             token_type_ids=token_type_ids, position_ids=position_ids, head_mask=head_mask,
             inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask, use_cache=use_cache, output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
+            output_hidden_states=output_hidden_states, return_dict=True, kept=kept, **kwargs,
         )  # fmt: skip
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
         if loss_only:
             loss = self.lm_head(hidden_states, targets, num_items_in_batch)
         else:
-            read = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, read])
-        if labels is not None and logits is not None:
-            check_labels(labels, logits.shape[1])
-            loss = next_token_loss(logits, labels, num_items_in_batch)
+            wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, wanted])
+            if labels is not None:
+                check_labels(labels, logits.shape[1])
+                loss = next_token_loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states, attentions=outputs.attentions,
