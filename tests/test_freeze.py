@@ -90,7 +90,9 @@ def test_without_patterns_all_trains_that_is_read(model, caplog):
     caplog.set_level("INFO", "trainer")
     freeze(model, [])
     assert frozen(model) == UNREAD
-    assert "16 parameters of the vision tower do not train: behind layer -1, nothing reads them" in caplog.text
+    assert (
+        "16 parameters of the vision tower do not train: nothing reads what lies behind hidden state -1" in caplog.text
+    )
     caplog.clear()
     model.requires_grad_(True)
     model.config.vision_feature_layer = -2

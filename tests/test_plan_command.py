@@ -228,12 +228,13 @@ def test_damaged_shards_are_an_error_and_no_assumption(tiny_run, tmp_path, plann
         planned("--config", str(tiny_run), "--set", f"data.train=[{{name: a, shards: {tmp_path}/cut.tar}}]")
 
 
+@pytest.mark.parametrize("frozen", ["[vision_tower]", "[vision_tower, language_model]"])
 @pytest.mark.parametrize("mode", ["samples", "packs"])
-def test_two_steps_are_measured_beside_the_plan_and_leave_nothing(small_run, tmp_path, mode):
+def test_two_steps_are_measured_beside_the_plan_and_leave_nothing(small_run, tmp_path, mode, frozen):
     # A bucket of the usual size would be most of what so small a model takes.
     zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
     (tmp_path / "zero2.json").write_text(json.dumps(zero))
-    settings = [f"deepspeed={tmp_path}/zero2.json", f"run.output_dir={tmp_path}/run", *MODES[mode]]
+    settings = [f"deepspeed={tmp_path}/zero2.json", f"run.output_dir={tmp_path}/run", f"freeze={frozen}", *MODES[mode]]
     done = script("launch/plan.py", "--config", str(small_run), "--measure", "--set", *settings)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
@@ -245,4 +246,6 @@ def test_two_steps_are_measured_beside_the_plan_and_leave_nothing(small_run, tmp
     planned, found = row(measured, "peak of tensors")
     # An upper bound: of packs there is one micro-batch a step, whose gradients come as its activations go.
     assert planned == pytest.approx(found, rel=0.15)
+    # With buckets of a usual size always; with these, larger gradients than a bucket wait beside each other.
+    assert found <= planned or "language_model" not in frozen
     assert numbers(re.search(r"seconds a step: .*", measured)[0])[0] > 0

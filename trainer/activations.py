@@ -39,12 +39,15 @@ FP32 = 4
 class Activations:
     """Bytes."""
 
+    inputs: float
+    """The batch itself: pixels as they come and normalised, ids and labels."""
     saved: float
     """Kept by tower, projector and language model from the forward to the backward pass."""
     loss: float
     """Kept by the loss: the gradients it has made already, of the supervised positions and of a head that trains."""
     logits: float
-    """For a while: the logits of a chunk, in bf16 in two types, and there the fp32 sum of the head's gradient."""
+    """For a while: what the head reads, and the logits of a chunk; in bf16 in two types, and there the fp32 sum of the
+    head's gradient."""
     last: float
     """For a while: what the backward pass of the last norm or layer makes, when all layers are still kept. With
     activation checkpointing that is also what the layer keeps, computed again."""
@@ -58,7 +61,7 @@ class Activations:
 
     @property
     def peak(self) -> float:
-        return self.saved + self.loss + self.working
+        return self.inputs + self.saved + self.loss + self.working
 
 
 def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, recompute_every: int = 0) -> Activations:
@@ -85,10 +88,15 @@ def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, re
     head_values = vocabulary * width * trains(head)
     chunk = min(shape.supervised, chunk_rows(vocabulary, trains(head))) * vocabulary
     other = size * (size != FP32)  # what is in fp32 too, where that is not the model's own type
+    read = (
+        size * width * (shape.supervised + shape.tokens * (not text.ends_early))
+    )  # taken out of all, or computed alone
+    pixels = images * 3 * model.config.vision_config.image_size**2
     return Activations(
+        inputs=pixels * (1 + size) + 2 * 8 * shape.tokens,
         saved=tower + projector + saved + of_layers,
         loss=size * shape.supervised * width * reached + 8 * shape.supervised + size * head_values,
-        logits=(FP32 + other) * chunk + (FP32 + other) * head_values * (size != FP32),
+        logits=read + (FP32 + other) * chunk + (FP32 + other) * head_values * (size != FP32),
         last=last,
         others=max(others, of_tower_layer),
     )

@@ -45,8 +45,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Folder with qwen.tiktoken or tokenizer.json. Default: the language model's folder."""
     vision_feature_layer: int | None = None
-    """Hidden state of the tower that the projector reads: -1 the last, -2 the one before. Default: the earlier stage's,
-    or -1."""
+    """Hidden state of the tower that the projector reads: -1 the last, -2 the one before; what lies behind it does not
+    train. Default: the earlier stage's, or -1."""
     image_aspect: Literal["crop", "pad", "squash"] | None = None
     """How pictures become square. Default: the earlier stage's, or crop, for SigLIP squash."""
     activation_checkpointing: bool | int | Literal["auto"] = "auto"

@@ -65,10 +65,12 @@ def freeze(model: MQWenForConditionalGeneration, patterns: list[str]) -> None:
     if unread and any(parameter.requires_grad for parameter in model.vision_tower.parameters()):
         layer, count = model.config.vision_feature_layer, sum(parameter.numel() for parameter in unread)
         log.info(
-            "%s parameters of the vision tower do not train: behind layer %s, nothing reads them", f"{count:,}", layer
-        )
+            "%s parameters of the vision tower do not train: nothing reads what lies behind hidden state %s "
+            "(model.vision_feature_layer)", f"{count:,}", layer,
+        )  # fmt: skip
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        errors.append("everything is frozen: nothing is left to train")
+        left = "; what is not frozen lies behind model.vision_feature_layer, and nothing reads it" if unread else ""
+        errors.append(f"everything is frozen: nothing is left to train{left}")
     if errors:
         examples = ", ".join([*PARTS, "language_model.layers.0-11"])
         raise ConfigError("freeze: " + "; ".join(errors) + f". Parts and ranges are written {examples}.")

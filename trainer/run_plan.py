@@ -143,7 +143,7 @@ def _memory(plan: Plan, gpu_memory: float) -> list[str]:
     room = usable(gpu_memory)
     every, tokens = plan.recompute_every(room), plan.rows.widest.tokens
     activations = activation_bytes(plan.model, plan.rows.largest_batch(plan.config), every)
-    of_batch = (activations.saved, activations.loss, activations.working)
+    of_batch = (activations.inputs + activations.saved, activations.loss, activations.working)
     bytes_of = [(option, option.sharding.states()) for option in plan.options if option.sharding]
     largest = max(states.total(activations) for _, states in bytes_of)
     unit = unit_of(largest)
@@ -261,9 +261,10 @@ def compared(plan: Plan, measured: "Measured") -> str:
     """What was planned for the measured batch, beside what was measured. plan: for the ranks that measured it."""
     assert plan.own.sharding is not None
     every, states, held = measured.recompute_every, plan.own.sharding.states(), measured.held
-    peak = states.total(activation_bytes(plan.model, measured.shape, every))
-    if not torch.cuda.is_available():
-        peak += states.host  # all is in one memory
+    activations = activation_bytes(plan.model, measured.shape, every)
+    peak = states.total(activations)
+    if not torch.cuda.is_available():  # all is in one memory, the micro-batches that wait their turn too
+        peak += states.host + (measured.micro_batches - 1) * activations.inputs
     work = step_flops(plan.model, measured.shape * measured.micro_batches, every)
     of_parts = [("weights", states.weights, held.weights), ("gradients", states.gradients, held.gradients),
                 ("AdamW", states.optimizer, held.optimizer)]  # fmt: skip
