@@ -19,7 +19,7 @@ FROZEN = {
     "instruct, head and embedding frozen": ["vision_tower", "wte", "lm_head"],
     "upper layers": ["vision_tower", "language_model.layers.0-1", "wte"],
     "upper layers, projector frozen": ["vision_tower", "projector", "language_model.layers.0-1", "wte"],
-    "everything trains": ["post_layernorm"],
+    "everything trains": [],
     "the tower alone": ["projector", "language_model"],
     "LoRA": ["vision_tower"],
     "LoRA alone, dropping out": ["vision_tower", "projector"],

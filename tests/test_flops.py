@@ -19,7 +19,7 @@ FROZEN = {
     "align": ["vision_tower", "language_model"],
     "instruct": ["vision_tower"],
     "upper layers": ["vision_tower", "projector", "language_model.layers.0-1", "wte"],
-    "everything trains": ["post_layernorm"],
+    "everything trains": [],
     "upper half of the tower": ["embeddings", "pre_layrnorm", "vision_tower.layers.0-0"],
     "the tower alone": ["projector", "language_model"],
     "the head alone": ["vision_tower", "projector", "transformer"],

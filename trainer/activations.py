@@ -22,14 +22,13 @@ from trainer.flops import (
     adapter_of,
     decoder_of,
     is_recomputed,
-    norms_before,
     tower_layer,
     tower_positions,
     trains,
 )
 from trainer.models.configuration_qwen import QWenConfig
 from trainer.models.linear_cross_entropy import chunk_rows
-from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration, norms_before
 
 FP32 = 4
 """Bytes of a value that is computed in fp32 whatever the model's type: norms, log-sums, rotary angles, loss."""
@@ -88,9 +87,8 @@ def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, re
     head_values = vocabulary * width * trains(head)
     chunk = min(shape.supervised, chunk_rows(vocabulary, trains(head))) * vocabulary
     other = size * (size != FP32)  # what is in fp32 too, where that is not the model's own type
-    read = (
-        size * width * (shape.supervised + shape.tokens * (not text.ends_early))
-    )  # taken out of all, or computed alone
+    # The head's input is computed alone, or taken out of that of all positions.
+    read = size * width * (shape.supervised + shape.tokens * (not text.layers[-1].ends_early))
     pixels = images * 3 * model.config.vision_config.image_size**2
     return Activations(
         inputs=pixels * (1 + size) + 2 * 8 * shape.tokens,
@@ -112,15 +110,14 @@ def _layers(
     saved = working = others = gone = 0.0
     for number, layer in enumerate(text.layers):
         others = max(others, working)  # of the layer before
-        ends_early = text.ends_early and layer is text.layers[-1]
-        positions = shape.supervised if ends_early else shape.tokens  # behind the attention
+        positions = shape.supervised if layer.ends_early else shape.tokens  # behind the attention
         # Outputs of packed documents are put together, and what is read is taken out; else the attention keeps them.
-        before, behind = _decoder_layer(layer, heads, size, reached, joined=shape.packed or ends_early)
+        before, behind = _decoder_layer(layer, heads, size, reached, joined=shape.packed or layer.ends_early)
         of_layer, again = shape.tokens * before + positions * behind, 0.0
         if is_recomputed(number, recompute_every):
             again, of_layer = of_layer, shape.tokens * size * width * (reached or layer.trains)  # its input
         saved += of_layer
-        if ends_early:
+        if layer.ends_early:
             gone, others = of_layer, max(others, norm * shape.tokens * reached)
         reached = reached or layer.trains
         # Gradients in three branches; but what the last product of a trained one keeps is gone by then.
@@ -208,8 +205,8 @@ def _tower(model: MQWenForConditionalGeneration, images: float, size: int, recom
             of_layer = positions * size * config.hidden_size * (reached or layer.trains)
         saved += of_layer
         reached = reached or layer.trains
-    if config.model_type == "siglip_vision_model" and model.config.vision_feature_layer == -1:
-        saved += positions * _layer_norm(tower.post_layernorm, size, reached)  # CLIP's is for its class token alone
+    if "vision_tower.post_layernorm.weight" not in model.unread_parameters():
+        saved += positions * _layer_norm(tower.post_layernorm, size, reached)
     return saved, recomputed
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from trainer.errors import ConfigError
 from trainer.models.modeling_mqwen import MQWenLMHeadModel
-from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
+from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration, norms_before
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BatchShape:
     """Sum of the squared lengths of what attends to itself: rows, or the documents of packs."""
     images: float
     supervised: float
-    """Positions with a label to predict: those the head runs at, and the end of a last layer that `ends_early`."""
+    """Positions with a label to predict: those the head runs at, and the end of a layer that `ends_early`."""
     packed: bool = False
     """One row of documents, without padding."""
 
@@ -107,6 +107,8 @@ class Layer:
     """Out of it."""
     head_norms: list[Any] = field(default_factory=list)
     """Of the heads' queries and keys; most models have none."""
+    ends_early: bool = False
+    """Whether it computes, behind its attention, only the supervised positions."""
 
     @property
     def trains(self) -> bool:
@@ -142,8 +144,6 @@ class Decoder:
     norm: Any
     head: Any
     """May be tied to the embedding."""
-    ends_early: bool
-    """Whether the last layer, behind its attention, computes only the supervised positions."""
 
 
 def decoder_of(model: MQWenForConditionalGeneration) -> Decoder:
@@ -152,10 +152,10 @@ def decoder_of(model: MQWenForConditionalGeneration) -> Decoder:
     embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     if isinstance(language_model, MQWenLMHeadModel):
         text = language_model.transformer
-        return Decoder(embedding, [_qwen_layer(block) for block in text.h], text.ln_f, head, ends_early=True)
+        return Decoder(embedding, [_qwen_layer(block, block is text.h[-1]) for block in text.h], text.ln_f, head)
     text = language_model.get_decoder()
     try:
-        return Decoder(embedding, [_llama_layer(layer) for layer in text.layers], text.norm, head, ends_early=False)
+        return Decoder(embedding, [_llama_layer(layer) for layer in text.layers], text.norm, head)
     except AttributeError as error:
         kind = model.config.text_config.model_type
         raise ConfigError(
@@ -163,9 +163,11 @@ def decoder_of(model: MQWenForConditionalGeneration) -> Decoder:
         ) from error
 
 
-def _qwen_layer(block: Any) -> Layer:
+def _qwen_layer(block: Any, ends_early: bool) -> Layer:
     attn, mlp = block.attn, block.mlp
-    return Layer(block.ln_1, [attn.c_attn], attn.c_proj, block.ln_2, [mlp.w1, mlp.w2], mlp.c_proj)
+    return Layer(
+        block.ln_1, [attn.c_attn], attn.c_proj, block.ln_2, [mlp.w1, mlp.w2], mlp.c_proj, ends_early=ends_early
+    )
 
 
 def _llama_layer(layer: Any) -> Layer:
@@ -201,7 +203,7 @@ def step_flops(model: MQWenForConditionalGeneration, shape: BatchShape, recomput
     linear = attention = 0.0
     for number, layer in enumerate(text.layers):
         square = 2 * layer.channels * shape.squares
-        kept = shape.supervised if text.ends_early and layer is text.layers[-1] else shape.tokens
+        kept = shape.supervised if layer.ends_early else shape.tokens
         of_linear, of_attention, again = _layer(layer, shape.tokens, kept, square, reached)
         linear, attention = linear + of_linear, attention + of_attention
         recomputed += again * is_recomputed(number, recompute_every)
@@ -226,11 +228,6 @@ def flops_of_each(model: MQWenForConditionalGeneration, recompute_every: int = 0
 def tower_positions(model: MQWenForConditionalGeneration) -> int:
     """What the tower attends to: patches, and CLIP's class token."""
     return model.vision_tower.embeddings.position_embedding.num_embeddings
-
-
-def norms_before(tower: Any) -> list[Any]:
-    """CLIP's norm between embedding and layers; SigLIP has none."""
-    return [tower.pre_layrnorm] if hasattr(tower, "pre_layrnorm") else []
 
 
 def _tower(model: MQWenForConditionalGeneration, images: float, recompute_every: int) -> tuple[float, float]:

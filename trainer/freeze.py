@@ -36,9 +36,10 @@ def freeze(model: MQWenForConditionalGeneration, patterns: list[str]) -> None:
 
     A pattern is a part, a range of layers ("language_model.layers.0-11", both ends included) or a regular expression
     searched for in the parameter's name, as it is without LoRA; adapters are left as they are. What no feature depends
-    on of a tower that trains (`unread_parameters`) is turned off too, and logged. Raises ConfigError, for
-    all patterns at once, where one matches nothing or is no expression, or where nothing would be left to train; and
-    with adapters, which freeze the language model, where one is of some of its weights alone.
+    on of a tower that trains (`unread_parameters`) is turned off too, and logged.
+
+    Raises ConfigError, for all patterns at once, where one matches nothing or is no expression, or where nothing would
+    be left to train; and with adapters, which freeze the language model, where one is of some of its weights alone.
     """
     own = {stored_name(name): p for name, p in model.named_parameters() if not is_adapter(name)}
     has_adapter = any(is_adapter(name) for name, _ in model.named_parameters())

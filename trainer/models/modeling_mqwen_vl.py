@@ -7,6 +7,8 @@ Tower and language model are what their configurations say: CLIP or SigLIP; Qwen
 Shapes: N images, P patches, V width of the tower, D hidden size of the language model, B batch, T tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
@@ -20,6 +22,11 @@ PROJECTOR_INIT_STD = 0.01
 
 TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 """Class of a tower by its `model_type`."""
+
+
+def norms_before(tower: Any) -> list[nn.Module]:
+    """CLIP's norm between embedding and layers; SigLIP has none."""
+    return [tower.pre_layrnorm] if hasattr(tower, "pre_layrnorm") else []
 
 
 class MultiModalProjector(nn.Module):
@@ -118,8 +125,8 @@ class MQWenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.config.vision_feature_layer == -1:
             return tower(pixel_values).last_hidden_state
         hidden_states = tower.embeddings(pixel_values)
-        if hasattr(tower, "pre_layrnorm"):  # CLIP's
-            hidden_states = tower.pre_layrnorm(hidden_states)
+        for norm in norms_before(tower):
+            hidden_states = norm(hidden_states)
         for layer in tower.encoder.layers[: self.config.vision_layers_read]:
             hidden_states = layer(hidden_states, attention_mask=None)
         return hidden_states
