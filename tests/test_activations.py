@@ -61,17 +61,10 @@ def test_bytes_are_those_that_autograd_keeps(name, dtype, every, packed):
     assert found == pytest.approx(expected.saved + expected.loss, rel=0.03)
 
 
-PEAKS = [
-    (name, torch.float32, every, packed)
-    for name in ("align", "instruct")
-    for every in (0, 1)
-    for packed in (False, True)
-]
-PEAKS += [pytest.param("align", torch.bfloat16, 1, True, marks=pytest.mark.long)]
-PEAKS += [pytest.param("instruct", torch.bfloat16, 0, False, marks=pytest.mark.long)]
-
-
-@pytest.mark.parametrize(("name", "dtype", "every", "packed"), PEAKS)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("every", [0, 1], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["align", "instruct"])
 def test_peak_is_that_of_all_tensors_that_are_alive(name, dtype, every, packed):
     model = small_model(dtype)
     freeze(model, FROZEN[name])

@@ -81,7 +81,7 @@ def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, re
     # Cosines and sines, the same in all layers: Qwen v1 keeps them in fp32.
     heads, angle_size = config.num_attention_heads, FP32 if isinstance(config, QWenConfig) else size
     saved += 2 * angle_size * (text.layers[0].channels // heads) * shape.width
-    of_layers, last, others = _layers(text, shape, heads, size, reached, recompute_every)
+    of_layers, last, others = _layers(text, shape, heads, size, angle_size, reached, recompute_every)
     reached = reached or trains(text.norm) or any(layer.trains for layer in text.layers)
 
     head_values = vocabulary * width * trains(head)
@@ -101,7 +101,7 @@ def activation_bytes(model: MQWenForConditionalGeneration, shape: BatchShape, re
 
 
 def _layers(
-    text: Decoder, shape: BatchShape, heads: int, size: int, reached: bool, recompute_every: int
+    text: Decoder, shape: BatchShape, heads: int, size: int, angle_size: int, reached: bool, recompute_every: int
 ) -> tuple[float, float, float]:
     """Bytes that the language model's layers and its last norm keep; and for a while, as of `Activations`, those of the
     last layer and of the others."""
@@ -115,16 +115,23 @@ def _layers(
         before, behind = _decoder_layer(layer, heads, size, reached, joined=shape.packed or layer.ends_early)
         of_layer, again = shape.tokens * before + positions * behind, 0.0
         if is_recomputed(number, recompute_every):
-            again, of_layer = of_layer, shape.tokens * size * width * (reached or layer.trains)  # its input
+            layer_input = shape.tokens * size * width * (reached or layer.trains)
+            # In fp32 the first norm keeps that very tensor.
+            again, of_layer = of_layer - layer_input * (size == FP32) * reached, layer_input
         saved += of_layer
         if layer.ends_early:
             gone, others = of_layer, max(others, norm * shape.tokens * reached)
         reached = reached or layer.trains
-        # Gradients in three branches; but what the last product of a trained one keeps is gone by then.
-        mlp = size * positions * layer.narrow.in_features * (3 - trains(layer.narrow)) * reached
+        # Gradients of the residual stream and in three branches; but what the last product of a trained one keeps is
+        # gone by then.
+        mlp = size * positions * (width + layer.narrow.in_features * (3 - trains(layer.narrow))) * reached
         # Those of the residual stream, of the attention's output, of query, key and value.
-        attention = size * shape.tokens * (width + 4 * layer.channels) * reached - positions * behind
-        working = again + max(mlp, attention)
+        gradients = size * (width + 4 * layer.channels) * reached
+        # In the forward pass, before there is an output: what rotates the key; the first layer's input, this one's, and
+        # its norm's output, where that is not kept.
+        rotation = (4 * angle_size - 2 * size) * layer.channels
+        rotation += size * width * (3 - trains(*layer.projections))
+        working = again + max(mlp, shape.tokens * max(gradients, rotation) - positions * behind)
     saved += positions * _rms_norm(text.norm, size, reached)
     return saved, max(working, norm * positions * (reached or trains(text.norm))), others - gone
 
