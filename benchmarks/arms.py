@@ -4,7 +4,8 @@
 
 For every line on its standard input, a number of steps, it trains so many, and prints a line of JSON with the seconds
 they took, the peak of memory so far, and each step's loss and gradient norm. So the arms of a comparison are run by
-turns, and rest between. All train on the same samples in the same steps: those of the configuration's stream.
+turns, and rest between; before the first line nothing but the program is loaded. All train on the same samples in the
+same steps: those of the configuration's stream.
 
     notes     the public notes' way: HF Trainer on one GPU; rows padded with the end token, which is attended to;
               explicit causal mask, all logits, reentrant checkpointing, CLIP's processor in the main process
@@ -56,13 +57,14 @@ class Clock:
     """Answers the driver: waits for a round, lets steps be noted, and prints what the round took."""
 
     def __init__(self) -> None:
-        self.left = 0
-        self.steps: list[dict[str, float | None]] = []
+        """Waits until the first round is asked for."""
+        self.asked = sys.stdin.readline()
 
     def wait(self) -> bool:
         """Waits for the next round; whether there is one."""
-        line = sys.stdin.readline().strip()
-        self.left, self.steps = int(line or 0), []
+        line, self.asked = self.asked or sys.stdin.readline(), ""
+        self.left = int(line.strip() or 0)
+        self.steps: list[dict[str, float | None]] = []
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.started = time.perf_counter()
@@ -307,10 +309,13 @@ def main() -> None:
     parser.add_argument("arm", choices=ARMS)
     parser.add_argument("config", type=Path)
     args = parser.parse_args()
+    clock = Clock()
+    if not clock.asked:
+        return
     world = world_from_environment()
     config = Config.load(args.config, world_size=world.world_size)
     with distributed(world):
-        ARMS[args.arm](config, Clock())
+        ARMS[args.arm](config, clock)
 
 
 if __name__ == "__main__":

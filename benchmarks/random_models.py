@@ -5,7 +5,8 @@
 
 Writes models/Qwen-1_8B (or Qwen-7B; bf16, in shards) and models/clip-vit-large-patch14 (fp32, one file, both towers),
 with the files, the configuration fields and the weight names that the published folders have. Weights are N(0, 0.02),
-norms 1, biases 0. One shard is in memory at a time: 2 GB. A folder that is already there is left as it is.
+norms 1, biases 0; drawn on a GPU where there is one, which has other numbers. One shard is in memory at a time: 2 GB. A
+folder that is already there is left as it is.
 """
 
 import argparse
@@ -216,7 +217,8 @@ def random_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, generat
     weight = torch.empty(shape, dtype=dtype)
     for block in weight.view(-1).split(BLOCK):
         # Drawn in fp32 whatever the dtype: a bf16 draw has few distinct values.
-        block.copy_(torch.empty(block.shape).normal_(0.0, 0.02, generator=generator))
+        drawn = torch.empty(block.shape, device=generator.device).normal_(0.0, 0.02, generator=generator)
+        block.copy_(drawn.to(dtype))
     return weight
 
 
@@ -237,7 +239,7 @@ def split_into_shards(shapes: Shapes, itemsize: int) -> Iterator[Shapes]:
 def write_weights(folder: Path, shapes: Shapes, dtype: torch.dtype, sharded: bool) -> None:
     """model.safetensors, or model-00001-of-0000N.safetensors with their index, one file at a time."""
     shards = list(split_into_shards(shapes, dtype.itemsize)) if sharded else [shapes]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if sharded else "model.safetensors"

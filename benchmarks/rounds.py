@@ -102,19 +102,11 @@ class Arm:
 
 
 def compare(
-    names: list[str],
-    config: Path,
-    warm_up: int,
-    rounds: int,
-    steps: int,
-    by_turns: bool = True,
-    ends: float = math.inf,
+    names: list[str], config: Path, warm_up: int, rounds: int, steps: int, ends: float = math.inf
 ) -> dict[str, Arm]:
-    """Runs the arms over the same steps. Raises ArmError where one ends, or is not done when the monotonic clock says
-    `ends`.
+    """Runs the arms over the same steps, a round of each after another, for timings that a busy machine disturbs.
 
-    by_turns: a round of each after another, for timings that a busy machine disturbs; else one arm after another, for
-    memory that does not hold them all.
+    Raises ArmError where one ends, or is not done when the monotonic clock says `ends`.
     """
     arms = {name: Arm(name, config) for name in names}
     try:
@@ -123,11 +115,7 @@ def compare(
                 arm.start()
                 arm.train(warm_up, ends)
                 bar.update()
-                if not by_turns:
-                    arm.rounds += [arm.train(steps, ends) for _ in range(rounds)]
-                    bar.update(rounds)
-                    arm.stop()
-            for number in range(rounds if by_turns else 0):
+            for number in range(rounds):
                 # Back and forth, lest one arm always follows the same other, whose workers are still at it.
                 for arm in list(arms.values())[:: -1 if number % 2 else 1]:
                     arm.rounds.append(arm.train(steps, ends))
@@ -136,6 +124,29 @@ def compare(
         for arm in arms.values():
             arm.stop()  # also where one has failed
     return arms
+
+
+def one_by_one(
+    names: list[str], config: Path, warm_up: int, rounds: int, steps: int, ends: float
+) -> tuple[dict[str, Arm], list[str]]:
+    """The same, one arm after another, for memory that does not hold them all: the arms that were done, and why the
+    others were not. Their programs are loaded all at once."""
+    arms, failures = {name: Arm(name, config) for name in names}, list[str]()
+    try:
+        for arm in arms.values():
+            arm.start()
+        for arm in tqdm(arms.values(), desc=config.stem, unit="arm", disable=None):
+            try:
+                arm.train(warm_up, ends)
+                arm.rounds = [arm.train(steps, ends) for _ in range(rounds)]
+            except ArmError as error:
+                failures.append(str(error))
+                arm.rounds.clear()
+            arm.stop()
+    finally:
+        for arm in arms.values():
+            arm.stop()
+    return {name: arm for name, arm in arms.items() if arm.rounds}, failures
 
 
 def differences(arms: dict[str, Arm]) -> list[str]:
