@@ -2,19 +2,25 @@
 
     python benchmarks/slope.py [--steps 2000]
 
-Trains a tiny model so many steps as a run does (data workers, packs, ZeRO-2, metrics), and fits a line through the
-seconds and through the process's memory of its steps, the first tenth left out. Leaves with 1 if, over the whole run,
-steps become more than 5 % slower or memory grows by more than 2 %, as the slope has it.
+Trains a tiny model so many steps as a run does (data workers, packs, ZeRO-2, metrics). After each, another process,
+which keeps nothing, does a fixed computation of the same kind: where it takes longer too, it is the machine that has
+become slower. A line is fitted through how many times longer a step takes, and one through the training process's
+memory, the first tenth of the steps left out. Leaves with 1 if, over the whole run, steps become more than 5 % slower
+or memory grows by more than 2 %, as the slope has it.
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
@@ -31,12 +37,15 @@ SLOWER, LARGER = 0.05, 0.02
 """Over the whole run, relative to its median."""
 
 
+def language_model() -> QWenLMHeadModel:
+    """A tiny one, of random weights."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_channels": 32}
+    return QWenLMHeadModel(QWenConfig(vocab_size=800, intermediate_size=344, seq_length=256, **sizes))
+
+
 def write_run(folder: Path, steps: int) -> Path:
     """A tiny model, its shards and its configuration."""
-    QWenLMHeadModel(
-        QWenConfig(vocab_size=800, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, kv_channels=32,
-                   intermediate_size=344, seq_length=256)
-    ).save_pretrained(folder / "qwen")  # fmt: skip
+    language_model().save_pretrained(folder / "qwen")
     write_vocabulary(folder / "qwen" / "qwen.tiktoken", seed=0)
     CLIPVisionModel(
         CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -49,10 +58,19 @@ def write_run(folder: Path, steps: int) -> Path:
         "data": {"train": [{"name": "drawn", "shards": str(folder / "shards" / "*.tar")}], "max_length": 256,
                  "packing": True, "num_workers": 1},
         "train": {"max_steps": steps, "global_batch_size": 2, "micro_batch_size": 1, "bf16": False},
-        "eval": {"every_steps": 0}, "checkpoint": {"save_steps": 10 * steps},
+        "eval": {"every_steps": 0}, "checkpoint": {"save_steps": 10 * steps}, "logging": {"every_steps": steps // 4},
     }  # fmt: skip
     (folder / "slope.yaml").write_text(yaml.safe_dump(config))
     return folder / "slope.yaml"
+
+
+def compute_when_asked(asked: Connection) -> None:
+    """Answers everything that comes with the seconds of the same forward and backward passes."""
+    model, ids = language_model().train(), torch.arange(512)[None] % 800
+    while asked.recv():
+        started = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        asked.send(time.perf_counter() - started)
 
 
 def growth(values: np.ndarray) -> float:
@@ -70,11 +88,19 @@ def main() -> None:
     from trainer import train as loop
     from trainer.setup import setup
 
-    process, memory, step = psutil.Process(), [], loop.train_step
+    fork_free = multiprocessing.get_context("spawn")
+    asked, answers = fork_free.Pipe()
+    other = fork_free.Process(target=compute_when_asked, args=(answers,), daemon=True)
+    other.start()
+    process, step = psutil.Process(), loop.train_step
+    memory: list[int] = []
+    fixed: list[float] = []
 
     def noting_step(*arguments):
         line = step(*arguments)
         memory.append(process.memory_info().rss)
+        asked.send(True)
+        fixed.append(asked.recv())
         return line
 
     loop.train_step = noting_step
@@ -85,12 +111,18 @@ def main() -> None:
         loop.train(state)
         state.engine.destroy()
         lines = [json.loads(line) for line in (state.output_dir / "metrics.jsonl").read_text().splitlines()]
+    asked.send(False)
     first = args.steps // 10
     seconds = np.array([line["step_time"] for line in lines[first:]])
-    resident = np.array(memory[first:], dtype=float)
-    slower, larger = growth(seconds), growth(resident)
-    print(f"{args.steps:,} steps of {np.median(seconds) * 1000:.0f} ms in {np.median(resident) / 2**20:,.0f} MiB: over "
-          f"the run, a step takes {slower:+.1%} time and {larger:+.1%} memory")  # fmt: skip
+    beside, resident = np.array(fixed[first:]), np.array(memory[first:], dtype=float)
+    slower, larger = growth(seconds / beside), growth(resident)
+    print("| steps | a step, ms | the fixed computation, ms | times | memory, MiB |\n|---|---|---|---|---|")
+    for part in np.array_split(np.arange(len(seconds)), 9):
+        of_part = [np.median(values[part]) for values in (seconds, beside, seconds / beside, resident)]
+        print(f"| {first + part[0] + 1:,} to {first + part[-1] + 1:,} | {1000 * of_part[0]:.1f} | "
+              f"{1000 * of_part[1]:.1f} | {of_part[2]:.3f} | {of_part[3] / 2**20:,.1f} |")  # fmt: skip
+    print(f"\nover {args.steps:,} steps, a step takes {slower:+.1%} time, with that of the fixed computation taken out "
+          f"(alone {growth(seconds):+.1%}, {growth(beside):+.1%}), and {larger:+.1%} memory")  # fmt: skip
     if slower > SLOWER or larger > LARGER:
         sys.exit(f"expected at most {SLOWER:+.0%} and {LARGER:+.0%}")
 
