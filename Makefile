@@ -3,12 +3,13 @@
 # make test-all  the long tests too
 # make check     lint, format and types
 # make benchmark this trainer beside what people use today, about half an hour
+# make gpu       on a GPU: tests that need one, kernels side by side, the comparison at true size; a quarter of an hour
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-all check install benchmark
+.PHONY: demo test test-all check install benchmark gpu
 install: $(INSTALLED)
 
 $(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml
@@ -21,16 +22,23 @@ $(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/python launch/demo.py
 
+# Two files of tests at a time; of the long ones one, since they start jobs of several processes and time them.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m "long or not long"
+test-all: test
+	$(BIN)/python -m pytest -m long
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py --work runs/benchmark
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/slope.py
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_cuda.py
+	$(BIN)/python benchmarks/elementwise.py
+	$(BIN)/python benchmarks/loss.py --positions 8192
+	$(BIN)/python benchmarks/gpu.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Runs the project's commands as a user does."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,15 @@ def command(*args: str, timeout: float = 600, **variables: str) -> subprocess.Co
     return subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def deepspeed(*args: str, ranks: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """`deepspeed launch/train.py` on so many ranks; fails the test, with the output, if it fails."""
-    done = command("deepspeed", "--num_gpus", str(ranks), "launch/train.py", *args, timeout=timeout)
+    launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    done = command(*launcher, "launch/train.py", *args, timeout=timeout)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done

@@ -42,25 +42,32 @@ def tiny_language_model(config: QWenConfig, seed: int = 0) -> MQWenLMHeadModel:
     return model.eval()
 
 
-FAULTS = pytest.StashKey[list[tuple[str, ...]]]()
+FAULTS: list[tuple[str, ...]] = []
+"""Rows of the table of faults, in the process that reports, whichever ran the tests."""
 
 
 @pytest.fixture
 def fault(request):
     """Adds a row to the table of faults that is printed at the end: fault(what, seen, lost or repeated, equal)."""
-    rows = request.config.stash.setdefault(FAULTS, [])
 
     def add(what: str, seen: str, lost: str = "none", equal: str = "yes") -> None:
-        rows.append((what, seen, lost, equal))
+        request.node.user_properties.append(("fault", (what, seen, lost, equal)))
 
     return add
 
 
-def pytest_terminal_summary(terminalreporter, config) -> None:
-    rows = config.stash.get(FAULTS, [])
-    if not rows:
+def pytest_runtest_logreport(report) -> None:
+    if report.when == "teardown":
+        FAULTS.extend(tuple(row) for name, row in report.user_properties if name == "fault")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not FAULTS:
         return
-    rows = [("fault", "what was seen", "samples lost or repeated", "equal to the undisturbed run, bit for bit"), *rows]
+    rows = [
+        ("fault", "what was seen", "samples lost or repeated", "equal to the undisturbed run, bit for bit"),
+        *FAULTS,
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     terminalreporter.section("faults that were planted")
     for row in rows:

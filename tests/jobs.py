@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from commands import ROOT
-from ranks import free_port, train_ranks
+from commands import ROOT, free_port
+from ranks import train_ranks
 
 
 class Job:

@@ -5,7 +5,6 @@ import multiprocessing.connection
 import os
 import queue
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,16 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import ROOT
+from commands import ROOT, free_port
 
 TIMINGS = ("step_time", "data_time", "forward_time", "backward_time", "optimizer_time", "tflops", "mfu", "hfu")
 """Keys of a line of metrics.jsonl in which equal runs differ."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 SERVER = multiprocessing.get_context("forkserver")

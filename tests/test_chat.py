@@ -14,8 +14,7 @@ from pathlib import Path
 import demo_task
 import psutil
 import pytest
-from commands import ROOT
-from ranks import free_port
+from commands import ROOT, free_port
 
 from trainer.data.samples import Turn
 from trainer.errors import ConfigError

@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from ranks import free_port
+from commands import free_port
 
 from trainer.errors import ConfigError
 from trainer.rendezvous import DEFAULT_SECONDS, _check_devices, limit_seconds

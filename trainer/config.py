@@ -226,7 +226,8 @@ class Config:
         named = {error.partition(": ")[0] for error in errors}
         errors += [error for error in mistakes(config, world_size, needs_data) if error.partition(": ")[0] not in named]
         if errors:
-            raise ConfigError(f"{file}: {len(errors)} mistake{'s' * (len(errors) > 1)}\n  - " + "\n  - ".join(errors))
+            where = f"{file} with --set" if overrides else f"{file}"
+            raise ConfigError(f"{where}: {len(errors)} mistake{'s' * (len(errors) > 1)}\n  - " + "\n  - ".join(errors))
         return config
 
     def to_dict(self) -> dict[str, Any]:
