@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 
 # Two files of tests at a time; of the long ones one, since they start jobs of several processes and time them.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: test
 	$(BIN)/python -m pytest -m long
