@@ -3,7 +3,7 @@
 # make test-all  the long tests too
 # make check     lint, format and types
 # make benchmark this trainer beside what people use today, about half an hour
-# make gpu       on a GPU: tests that need one, kernels side by side, the comparison at true size; a quarter of an hour
+# make gpu       on a GPU: tests that need one, kernels side by side, the comparison at true size
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -35,10 +35,10 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/slope.py
 
 gpu: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_cuda.py
-	$(BIN)/python benchmarks/elementwise.py
-	$(BIN)/python benchmarks/loss.py --positions 8192
-	$(BIN)/python benchmarks/gpu.py
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'there is no GPU here')"
+	@failed=0; for program in "-m pytest tests/test_cuda.py" benchmarks/elementwise.py \
+	  "benchmarks/loss.py --positions 8192" benchmarks/gpu.py; do \
+	  echo "\n$$program"; $(BIN)/python $$program || failed=1; done; exit $$failed
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

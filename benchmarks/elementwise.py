@@ -1,10 +1,11 @@
 """Element-wise work of a Qwen layer: plain PyTorch, compiled as this trainer does, and on a GPU Liger's kernels.
 
-    python benchmarks/elementwise.py [--tokens 8192] [--rounds 20]
+    python benchmarks/elementwise.py [--tokens N] [--rounds 20]
 
 Forward and backward pass of the norm, the rotary embedding of query and key, and the gate of the MLP, at Qwen-7B's
-sizes, in bf16 on a GPU and in fp32 on a CPU, weights frozen. Prints the milliseconds of each, as medians, by turns.
-Liger's are left out where its package is not installed. Leaves with 1 where gradients differ.
+sizes, in bf16 on a GPU and in fp32 on a CPU, weights frozen (Liger's norm makes their gradient all the same). Prints
+the milliseconds of each, as medians, by turns: on a GPU of so many tokens that it is the kernels that take the time,
+not the host. Leaves with 1 where gradients differ.
 """
 
 import argparse
@@ -36,49 +37,57 @@ def works(tokens: int, device: torch.device) -> dict[str, tuple[list[torch.Tenso
     weight = torch.ones(WIDTH, device=device, dtype=dtype)
     angles = torch.randn(1, 1, tokens, CHANNELS // 2, device=device).repeat(1, 1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
+    found = {
+        "norm": [drawn(1, tokens, WIDTH)],
+        "rotary": [drawn(1, tokens, HEADS, CHANNELS) for _ in range(2)],
+        "gate": [drawn(1, tokens, MLP) for _ in range(2)],
+    }
 
     def rotations(rotate: Callable) -> Work:
         return lambda x: [rotate(x[0].transpose(1, 2), cos, sin), rotate(x[1].transpose(1, 2), cos, sin)]
 
-    norm: dict[str, Work] = {
-        "plain": lambda x: [rms_norm(x[0], weight, EPS)],
-        "compiled": lambda x: [one_pass(rms_norm)(x[0], weight, EPS)],
+    ways: dict[str, dict[str, Work]] = {
+        "norm": {
+            "plain": lambda x: [rms_norm(x[0], weight, EPS)],
+            "compiled": lambda x: [one_pass(rms_norm)(x[0], weight, EPS)],
+        },
+        "rotary": {"plain": rotations(apply_rotary), "compiled": rotations(one_pass(apply_rotary))},
+        "gate": {"plain": lambda x: [gated(*x)], "compiled": lambda x: [one_pass(gated)(*x)]},
     }
-    rotary: dict[str, Work] = {"plain": rotations(apply_rotary), "compiled": rotations(one_pass(apply_rotary))}
-    gate: dict[str, Work] = {"plain": lambda x: [gated(*x)], "compiled": lambda x: [one_pass(gated)(*x)]}
+    if device.type == "cuda":
+        add_ligers(ways, weight, cos[0].to(dtype), sin[0].to(dtype))
+    return {name: (inputs, ways[name]) for name, inputs in found.items()}
+
+
+def add_ligers(ways: dict[str, dict[str, Work]], weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Liger's kernels beside the other ways, where its package is installed. cos, sin: (1, T, C)."""
     try:
-        if device.type != "cuda":
-            raise ImportError("Liger's kernels are for GPUs")
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.ops.rope import LigerRopeFunction
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     except ImportError:
-        pass
-    else:
-        norm["Liger's"] = lambda x: [LigerRMSNormFunction.apply(x[0], weight, EPS, 0.0, "llama", False)]
-        rotary["Liger's"] = lambda x: list(
-            LigerRopeFunction.apply(x[0].transpose(1, 2), x[1].transpose(1, 2), cos[0].bfloat16(), sin[0].bfloat16())
-        )
-        gate["Liger's"] = lambda x: [LigerSiLUMulFunction.apply(x[1], x[0])]
-    heads = [drawn(1, tokens, HEADS, CHANNELS) for _ in range(2)]
-    return {
-        "norm": ([drawn(1, tokens, WIDTH)], norm),
-        "rotary": (heads, rotary),
-        "gate": ([drawn(1, tokens, MLP) for _ in range(2)], gate),
-    }
+        print("Liger's kernels are left out: `pip install liger-kernel` has them\n")
+        return
+    ways["norm"]["Liger's"] = lambda x: [LigerRMSNormFunction.apply(x[0], weight, EPS, 0.0, "llama", False)]
+    ways["rotary"]["Liger's"] = lambda x: list(
+        LigerRopeFunction.apply(x[0].transpose(1, 2), x[1].transpose(1, 2), cos, sin)
+    )
+    ways["gate"]["Liger's"] = lambda x: [LigerSiLUMulFunction.apply(x[1], x[0])]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, help="default: 65,536 on a GPU, 256 on a CPU")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens = args.tokens or (65_536 if device.type == "cuda" else 256)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{where}, PyTorch {torch.__version__}, {args.tokens:,} tokens\n")
+    print(f"{where}, PyTorch {torch.__version__}, {tokens:,} tokens\n")
+    compared = works(tokens, device)
     print("| work | way | ms | times faster than plain |\n|---|---|---|---|")
     failures = []
-    for name, (inputs, ways) in works(args.tokens, device).items():
+    for name, (inputs, ways) in compared.items():
         milliseconds: dict[str, list[float]] = {way: [] for way in ways}
         gradients: dict[str, list[torch.Tensor]] = {}
         with torch.no_grad():

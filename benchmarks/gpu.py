@@ -6,8 +6,9 @@ Makes weights and JPEG shards in the work folder (25 GB; kept for the next time)
 projector, 7B with the projector, and 1.8B with the language model too: this trainer, HF Trainer under DeepSpeed ZeRO-2
 and, for 1.8B, a plain PyTorch loop around our model. Prints a table: useful tokens and images a second, MFU, HFU, peak
 memory beside what was planned, and the share of the time that goes into waiting for data. What there is no time for is
-"not measured". Leaves with 1 where losses or gradient norms differ between arms, or an arm fails, at the end. --small:
-the same program with the small models, on whatever device there is, as a rehearsal.
+"not measured", and so is a comparison whose own arm fails. Leaves with 1, at the end, where losses or gradient norms
+differ between arms, or an arm fails. --small: the same program with the small models, on whatever device there is, as a
+rehearsal.
 """
 
 import argparse

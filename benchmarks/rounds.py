@@ -35,7 +35,11 @@ NAMES = {
 
 
 class ArmError(Exception):
-    """An arm has ended, or takes too long."""
+    """An arm has ended."""
+
+
+class OutOfTimeError(ArmError):
+    """An arm takes too long."""
 
 
 @dataclass
@@ -56,8 +60,8 @@ class Arm:
         )  # fmt: skip
 
     def train(self, steps: int, ends: float) -> dict[str, Any]:
-        """Trains so many steps; what they took. Raises ArmError, with the arm's own words, where it ends, or is not
-        done when the monotonic clock says `ends`."""
+        """Trains so many steps; what they took. Raises ArmError, with the arm's own words, where it ends, and
+        OutOfTimeError where it is not done when the monotonic clock says `ends`."""
         assert self.process
         assert self.process.stdin
         assert self.process.stdout
@@ -74,7 +78,7 @@ class Arm:
         finally:
             timer.cancel()
         if time.monotonic() > ends:
-            raise ArmError(f"arm '{self.name}' was not done in time")
+            raise OutOfTimeError(f"arm '{self.name}' was not done in time")
         self.log.seek(0)
         raise ArmError(f"arm '{self.name}' has ended:\n{self.log.read()[-4000:]}")
 
@@ -106,7 +110,7 @@ def compare(
 ) -> dict[str, Arm]:
     """Runs the arms over the same steps, a round of each after another, for timings that a busy machine disturbs.
 
-    Raises ArmError where one ends, or is not done when the monotonic clock says `ends`.
+    Raises as `Arm.train`.
     """
     arms = {name: Arm(name, config) for name in names}
     try:
@@ -129,8 +133,8 @@ def compare(
 def one_by_one(
     names: list[str], config: Path, warm_up: int, rounds: int, steps: int, ends: float
 ) -> tuple[dict[str, Arm], list[str]]:
-    """The same, one arm after another, for memory that does not hold them all: the arms that were done, and why the
-    others were not. Their programs are loaded all at once."""
+    """The same, one arm after another, for memory that does not hold them all: the arms that were done, and what made
+    others fail; for some there may not have been time. Their programs are loaded all at once."""
     arms, failures = {name: Arm(name, config) for name in names}, list[str]()
     try:
         for arm in arms.values():
@@ -139,9 +143,10 @@ def one_by_one(
             try:
                 arm.train(warm_up, ends)
                 arm.rounds = [arm.train(steps, ends) for _ in range(rounds)]
+            except OutOfTimeError:
+                break
             except ArmError as error:
                 failures.append(str(error))
-                arm.rounds.clear()
             arm.stop()
     finally:
         for arm in arms.values():

@@ -3,8 +3,8 @@
     python benchmarks/slope.py [--steps 2000]
 
 Trains a tiny model so many steps as a run does (data workers, packs, ZeRO-2, metrics). After each, another process,
-which keeps nothing, does a fixed computation of the same kind: where it takes longer too, it is the machine that has
-become slower. A line is fitted through how many times longer a step takes, and one through the training process's
+which keeps nothing, does a fixed computation of the same kind: where the machine becomes slower, or faster, both do. A
+line is fitted through how many times longer a step takes, and one through the training process's
 memory, the first tenth of the steps left out. Leaves with 1 if, over the whole run, steps become more than 5 % slower
 or memory grows by more than 2 %, as the slope has it.
 """
@@ -58,19 +58,20 @@ def write_run(folder: Path, steps: int) -> Path:
         "data": {"train": [{"name": "drawn", "shards": str(folder / "shards" / "*.tar")}], "max_length": 256,
                  "packing": True, "num_workers": 1},
         "train": {"max_steps": steps, "global_batch_size": 2, "micro_batch_size": 1, "bf16": False},
-        "eval": {"every_steps": 0}, "checkpoint": {"save_steps": 10 * steps}, "logging": {"every_steps": steps // 4},
+        "eval": {"every_steps": 0}, "checkpoint": {"save_steps": 10 * steps},
+        "logging": {"every_steps": max(1, steps // 4)},
     }  # fmt: skip
     (folder / "slope.yaml").write_text(yaml.safe_dump(config))
     return folder / "slope.yaml"
 
 
-def compute_when_asked(asked: Connection) -> None:
+def compute_when_asked(line: Connection) -> None:
     """Answers everything that comes with the seconds of the same forward and backward passes."""
     model, ids = language_model().train(), torch.arange(512)[None] % 800
-    while asked.recv():
+    while line.recv():
         started = time.perf_counter()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        asked.send(time.perf_counter() - started)
+        line.send(time.perf_counter() - started)
 
 
 def growth(values: np.ndarray) -> float:
@@ -92,6 +93,7 @@ def main() -> None:
     asked, answers = fork_free.Pipe()
     other = fork_free.Process(target=compute_when_asked, args=(answers,), daemon=True)
     other.start()
+    answers.close()  # so that its end is noticed
     process, step = psutil.Process(), loop.train_step
     memory: list[int] = []
     fixed: list[float] = []

@@ -77,8 +77,8 @@ def test_peak_is_that_of_all_tensors_that_are_alive(name, dtype, every, packed):
         before = live.peak
         model(**inputs, loss_only=True, use_cache=False).loss.backward()
     expected = activation_bytes(model, shape, every)
-    assert live.peak - before == pytest.approx(expected.peak - expected.inputs, rel=0.05)
-    assert live.peak - before <= expected.peak
+    planned = expected.peak - expected.inputs  # which were there before
+    assert 0.95 * planned <= live.peak - before <= planned
 
 
 def test_a_layer_of_a_real_size_keeps_the_bytes_of_the_field_notes():

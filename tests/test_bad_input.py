@@ -38,7 +38,7 @@ def test_mistakes_in_the_configuration(launch, tiny_run, tmp_path):
         f"model.vision_tower={tiny_run.parent}/tiny-qwen", f"data.train=[{{name: a, shards: '{tmp_path}/*.tar'}}]",
     )  # fmt: skip
     assert said.splitlines() == [
-        f"{tiny_run} with --set: 5 mistakes",
+        f"{tiny_run} with overrides: 5 mistakes",
         "  - optim.learning_rat: unknown key; did you mean 'learning_rate'?",
         f"  - model.language_model: no such folder: {tmp_path}/nowhere",
         f"  - model.vision_tower: {tiny_run.parent}/tiny-qwen is of architecture 'qwen', expected 'clip' or "

@@ -63,6 +63,20 @@ def test_an_arm_that_ends_or_takes_too_long_is_named_with_its_words(tmp_path):
         compare(["ours"], tmp_path / "no-such.yaml", 1, 1, 1, ends=0.0)
 
 
+def test_arms_of_a_kind_fail_alone_or_are_left_for_want_of_time(tmp_path):
+    from rounds import Arm, one_by_one
+
+    done, failures = one_by_one(["ours", "hf"], tmp_path / "no-such.yaml", 1, 1, 1, math.inf)
+    assert not done
+    assert [re.match(r"arm '(\w+)' has ended:[^¶]*no-such\.yaml", failure)[1] for failure in failures] == ["ours", "hf"]
+    assert one_by_one(["ours", "hf"], tmp_path / "no-such.yaml", 1, 1, 1, 0.0) == ({}, [])
+    unasked = Arm("ours", tmp_path / "no-such.yaml")
+    unasked.start()
+    process = unasked.process
+    process.stdin.close()
+    assert process.wait(120) == 0  # it has loaded nothing, and says nothing
+
+
 def test_growth_is_that_over_the_whole_run_and_blind_to_pauses():
     from slope import growth
 

@@ -41,7 +41,7 @@ def mistakes(load):
         with pytest.raises(ConfigError) as raised:
             load(*args, **kwargs)
         head, *found = str(raised.value).split("\n  - ")
-        assert ("mine.yaml with --set: " if len(args) > 1 else "mine.yaml: ") in head
+        assert ("mine.yaml with overrides: " if len(args) > 1 else "mine.yaml: ") in head
         assert f"{len(found)} mistake" in head
         return found
 

@@ -48,8 +48,8 @@ class Activations:
     """For a while: what the head reads, and the logits of a chunk; in bf16 in two types, and there the fp32 sum of the
     head's gradient."""
     last: float
-    """For a while: what the backward pass of the last norm or layer makes, when all layers are still kept. With
-    activation checkpointing that is also what the layer keeps, computed again."""
+    """For a while, when all layers are kept: what the backward pass of the last norm or layer makes, or that layer's
+    forward pass. With activation checkpointing also what the layer keeps, computed again."""
     others: float
     """The same of another layer, less what a last layer that ends early has kept: that is gone by then."""
 
@@ -129,9 +129,8 @@ def _layers(
         gradients = size * (width + 4 * layer.channels) * reached
         # In the forward pass, before there is an output: what rotates the key; the first layer's input, this one's, and
         # its norm's output, where that is not kept.
-        rotation = (4 * angle_size - 2 * size) * layer.channels
-        rotation += size * width * (3 - trains(*layer.projections))
-        working = again + max(mlp, shape.tokens * max(gradients, rotation) - positions * behind)
+        forward = (4 * angle_size - 2 * size) * layer.channels + size * width * (3 - trains(*layer.projections))
+        working = again + max(mlp, shape.tokens * max(gradients, forward) - positions * behind)
     saved += positions * _rms_norm(text.norm, size, reached)
     return saved, max(working, norm * positions * (reached or trains(text.norm))), others - gone
 

@@ -226,7 +226,7 @@ class Config:
         named = {error.partition(": ")[0] for error in errors}
         errors += [error for error in mistakes(config, world_size, needs_data) if error.partition(": ")[0] not in named]
         if errors:
-            where = f"{file} with --set" if overrides else f"{file}"
+            where = f"{file} with overrides" if overrides else f"{file}"
             raise ConfigError(f"{where}: {len(errors)} mistake{'s' * (len(errors) > 1)}\n  - " + "\n  - ".join(errors))
         return config
 
