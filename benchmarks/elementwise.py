@@ -78,8 +78,10 @@ def add_ligers(ways: dict[str, dict[str, Work]], weight: torch.Tensor, cos: torc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, help="default: 65,536 on a GPU, 256 on a CPU")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="default: 20")
     args = parser.parse_args()
+    if args.rounds < 1 or (args.tokens is not None and args.tokens < 1):
+        parser.error("--tokens and --rounds must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = args.tokens or (65_536 if device.type == "cuda" else 256)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -2,7 +2,7 @@
 
     python launch/inspect_step.py --config X --step N [--set section.key=value ...]
 
-Needs neither a GPU nor a running job; --config takes a run's own config.yaml too. Steps count from 1, as in the logs.
+Needs neither a GPU nor a running job; --config takes a run's folder too. Steps count from 1, as in the logs.
 """
 
 import argparse

@@ -25,8 +25,7 @@ def test_the_samples_of_a_step_are_those_that_the_run_saw(tiny_run, tmp_path, mo
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in (lines[0], lines[-1]):
         # From the configuration that the run has left.
-        config = tmp_path / "run" / "config.yaml"
-        done = script("launch/inspect_step.py", "--config", str(config), "--step", str(line["step"]))
+        done = script("launch/inspect_step.py", "--config", str(tmp_path / "run"), "--step", str(line["step"]))
         assert done.returncode == 0, done.stderr
         rows = [re.split(r"\s+", row.strip(), maxsplit=6) for row in done.stdout.splitlines()[1:]]
         assert [row[6].partition(":")[0].partition(".tar/")[2] for row in rows] == line["samples"]

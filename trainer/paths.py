@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def find_config(path: str | Path) -> Path:
-    """A path, or the name of a file in launch/configs/ with or without its ending."""
-    named = ROOT / "launch" / "configs" / path
-    for file in (Path(path), named, named.with_name(named.name + ".yaml")):
+    """A path, a run's folder, or the name of a file in launch/configs/ with or without its ending."""
+    configs = ROOT / "launch" / "configs"
+    for file in (Path(path), Path(path) / "config.yaml", configs / path, configs / f"{path}.yaml"):
         if file.is_file():
             return file
-    known = ", ".join(sorted(file.stem for file in named.parent.glob("*.yaml")))
+    known = ", ".join(sorted(file.stem for file in configs.glob("*.yaml")))
     raise ConfigError(f"--config {path}: no such file, and no such name in launch/configs/ (there are: {known})")
 
 
