@@ -90,32 +90,39 @@ def main() -> None:
     print("| work | way | ms | times faster than plain |\n|---|---|---|---|")
     failures = []
     for name, (inputs, ways) in compared.items():
-        milliseconds: dict[str, list[float]] = {way: [] for way in ways}
-        gradients: dict[str, list[torch.Tensor]] = {}
-        with torch.no_grad():
-            upstream = [torch.randn_like(output) for output in ways["plain"](inputs)]
-        for number in range(args.rounds + 2):  # the first two to compile and to warm up
-            for way, work in ways.items():
-                # Copies: Liger's kernels write over what they are given.
-                own, given = ([x.detach().clone() for x in of] for of in (inputs, upstream))
-                own = [x.requires_grad_() for x in own]
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
-                gradients[way] = list(torch.autograd.grad(work(own), own, given))
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if number >= 2:
-                    milliseconds[way].append(1000 * (time.perf_counter() - started))
-        for way, times in milliseconds.items():
-            median, plain = statistics.median(times), statistics.median(milliseconds["plain"])
-            print(f"| {name} | {way} | {median:.3f} | {plain / median:.2f} |", flush=True)
-            for found, expected in zip(gradients[way], gradients["plain"], strict=True):
-                if not (found - expected).float().norm() <= TOLERANCE * expected.float().norm():
-                    failures.append(f"{name}: '{way}' has other gradients than the plain functions")
-                    break
+        failures += compare(name, inputs, ways, args.rounds)
     if failures:
         sys.exit("\n" + "\n".join(failures))
+
+
+def compare(name: str, inputs: list[torch.Tensor], ways: dict[str, Work], rounds: int) -> list[str]:
+    """Prints the lines of one kind of work; what differs."""
+    on_cuda, failures = inputs[0].is_cuda, list[str]()
+    milliseconds: dict[str, list[float]] = {way: [] for way in ways}
+    gradients: dict[str, list[torch.Tensor]] = {}
+    with torch.no_grad():
+        upstream = [torch.randn_like(output) for output in ways["plain"](inputs)]
+    for number in range(rounds + 2):  # the first two to compile and to warm up
+        for way, work in ways.items():
+            # Copies: Liger's kernels write over what they are given.
+            own, given = ([x.detach().clone() for x in of] for of in (inputs, upstream))
+            own = [x.requires_grad_() for x in own]
+            if on_cuda:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            gradients[way] = list(torch.autograd.grad(work(own), own, given))
+            if on_cuda:
+                torch.cuda.synchronize()
+            if number >= 2:
+                milliseconds[way].append(1000 * (time.perf_counter() - started))
+    for way, times in milliseconds.items():
+        median, plain = statistics.median(times), statistics.median(milliseconds["plain"])
+        print(f"| {name} | {way} | {median:.3f} | {plain / median:.2f} |", flush=True)
+        for found, expected in zip(gradients[way], gradients["plain"], strict=True):
+            if not (found - expected).float().norm() <= TOLERANCE * expected.float().norm():
+                failures.append(f"{name}: '{way}' has other gradients than the plain functions")
+                break
+    return failures
 
 
 if __name__ == "__main__":

@@ -82,6 +82,21 @@ def growth(values: np.ndarray) -> float:
     return float(slope * (len(blocks) - 1) / np.median(blocks))
 
 
+def report(first: int, seconds: np.ndarray, beside: np.ndarray, resident: np.ndarray) -> None:
+    """Prints a table and the slopes, and leaves with 1 where these are too steep. The arrays: a value for each step
+    after the first so many: its seconds, those of the fixed computation, bytes."""
+    slower, larger = growth(seconds / beside), growth(resident)
+    print("| steps | a step, ms | the fixed computation, ms | times | memory, MiB |\n|---|---|---|---|---|")
+    for part in np.array_split(np.arange(len(seconds)), 9):
+        of_part = [np.median(values[part]) for values in (seconds, beside, seconds / beside, resident)]
+        print(f"| {first + part[0] + 1:,} to {first + part[-1] + 1:,} | {1000 * of_part[0]:.1f} | "
+              f"{1000 * of_part[1]:.1f} | {of_part[2]:.3f} | {of_part[3] / 2**20:,.1f} |")  # fmt: skip
+    print(f"\nover {first + len(seconds):,} steps, a step takes {slower:+.1%} time, with that of the fixed computation "
+          f"taken out (alone {growth(seconds):+.1%}, {growth(beside):+.1%}), and {larger:+.1%} memory")  # fmt: skip
+    if slower > SLOWER or larger > LARGER:
+        sys.exit(f"expected at most {SLOWER:+.0%} and {LARGER:+.0%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
@@ -89,9 +104,9 @@ def main() -> None:
     from trainer import train as loop
     from trainer.setup import setup
 
-    fork_free = multiprocessing.get_context("spawn")
-    asked, answers = fork_free.Pipe()
-    other = fork_free.Process(target=compute_when_asked, args=(answers,), daemon=True)
+    spawn = multiprocessing.get_context("spawn")
+    asked, answers = spawn.Pipe()
+    other = spawn.Process(target=compute_when_asked, args=(answers,), daemon=True)
     other.start()
     answers.close()  # so that its end is noticed
     process, step = psutil.Process(), loop.train_step
@@ -117,16 +132,7 @@ def main() -> None:
     first = args.steps // 10
     seconds = np.array([line["step_time"] for line in lines[first:]])
     beside, resident = np.array(fixed[first:]), np.array(memory[first:], dtype=float)
-    slower, larger = growth(seconds / beside), growth(resident)
-    print("| steps | a step, ms | the fixed computation, ms | times | memory, MiB |\n|---|---|---|---|---|")
-    for part in np.array_split(np.arange(len(seconds)), 9):
-        of_part = [np.median(values[part]) for values in (seconds, beside, seconds / beside, resident)]
-        print(f"| {first + part[0] + 1:,} to {first + part[-1] + 1:,} | {1000 * of_part[0]:.1f} | "
-              f"{1000 * of_part[1]:.1f} | {of_part[2]:.3f} | {of_part[3] / 2**20:,.1f} |")  # fmt: skip
-    print(f"\nover {args.steps:,} steps, a step takes {slower:+.1%} time, with that of the fixed computation taken out "
-          f"(alone {growth(seconds):+.1%}, {growth(beside):+.1%}), and {larger:+.1%} memory")  # fmt: skip
-    if slower > SLOWER or larger > LARGER:
-        sys.exit(f"expected at most {SLOWER:+.0%} and {LARGER:+.0%}")
+    report(first, seconds, beside, resident)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launcher(ranks: int) -> list[str]:
+    """The words of `deepspeed launch/train.py` on so many ranks, beside other such jobs."""
+    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), "launch/train.py"]
+
+
 def deepspeed(*args: str, ranks: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """`deepspeed launch/train.py` on so many ranks; fails the test, with the output, if it fails."""
-    launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    done = command(*launcher, "launch/train.py", *args, timeout=timeout)
+    done = command(*launcher(ranks), *args, timeout=timeout)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from commands import ROOT, free_port
+from commands import ROOT, launcher
 from ranks import train_ranks
 
 
@@ -24,8 +24,7 @@ class Job:
         self.log = log or run.with_suffix(".log")
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
-                ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()),
-                 "launch/train.py", "--config", str(config), "--resume", resume,
+                [*launcher(2), "--config", str(config), "--resume", resume,
                  "--set", f"run.output_dir={run}", *settings],
                 cwd=ROOT, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
                 start_new_session=True,

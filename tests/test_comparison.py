@@ -75,6 +75,7 @@ def test_arms_of_a_kind_fail_alone_or_are_left_for_want_of_time(tmp_path):
     process = unasked.process
     process.stdin.close()
     assert process.wait(120) == 0  # it has loaded nothing, and says nothing
+    unasked.stop()
 
 
 def test_growth_is_that_over_the_whole_run_and_blind_to_pauses():

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from commands import command, free_port
+from commands import command, launcher
 from conftest import write_tiny_shards
 from pairs import pair, picture
 from ranks import TIMINGS, run_ranks
@@ -217,8 +217,8 @@ def test_the_limit_is_a_share_of_what_was_seen_but_patient_at_the_start(tmp_path
 def test_too_many_bad_samples_end_both_ranks_with_one_message(tiny_run, tmp_path):
     tar = write_mixed_shard(tmp_path / "shards")
     done = command(
-        "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py", "--config", str(tiny_run),
-        "--set", f"run.output_dir={tmp_path}/run", f"data.train=[{{name: bad, shards: '{tar}'}}]", timeout=180,
+        *launcher(2), "--config", str(tiny_run), "--set", f"run.output_dir={tmp_path}/run",
+        f"data.train=[{{name: bad, shards: '{tar}'}}]", timeout=180,
     )  # fmt: skip
     assert done.returncode == EXIT_USER_ERROR == 2, done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
