@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.errors import DataError, NumbersError
 from trainer.guard import ENOUGH, WINDOW, StepGuard
 
-STAGES = ["zero2", "zero3"]
+STAGES = ["zero1", "zero2", "zero3"]
 
 
 def test_a_spike_is_told_by_the_median_of_the_last_steps():

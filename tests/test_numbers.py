@@ -11,7 +11,7 @@ from ranks import run_ranks
 from trainer.config import Config
 from trainer.errors import NumbersError
 
-STAGES = ["zero2", "zero3"]
+STAGES = ["zero1", "zero2", "zero3"]
 
 
 def disturbed(world, config_file: str, out: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from trainer.config import Config
 
 STEPS = 10
-STAGES = ["zero2", "zero3", "zero3_offload"]
+STAGES = ["zero1", "zero2", "zero3", "zero3_offload"]
 COUNTS = ("supervised_tokens", "tokens", "images", "truncated_tokens", "bad_samples")
 
 MODES = {

@@ -154,8 +154,9 @@ def _groups(file: Path, content: dict[str, Any], zero_stage: int) -> list[dict[s
     """The flat tensors of a rank, by group and key."""
     try:
         zero = content["optimizer_state_dict"]
-        if int(zero["zero_stage"]) != zero_stage:
-            raise ValueError(f"of ZeRO-{int(zero['zero_stage'])}, expected ZeRO-{zero_stage}")
+        found = int(zero.get("zero_stage", 1))  # the optimizer of ZeRO-1 in bf16 does not say it
+        if found != zero_stage:
+            raise ValueError(f"of ZeRO-{found}, expected ZeRO-{zero_stage}")
         state = zero["optimizer_state_dict" if zero_stage == 3 else "base_optimizer_state"]["state"]
         masters = zero["fp32_flat_groups" if zero_stage == 3 else "single_partition_of_fp32_groups"]
         return [{FP32: master, **state.get(group, {})} for group, master in enumerate(masters)]
@@ -201,8 +202,12 @@ def _zero2(shapes: list[dict[str, torch.Size]], ranks: list[dict]) -> Iterator[t
     """ZeRO-1 and 2 lay the parameters of a group end to end and cut that into equal parts, one for each rank."""
     zero = [content["optimizer_state_dict"] for content in ranks]
     for group, members in enumerate(shapes):
-        # A part without the filling at the end of the group, which is not saved, and that filling.
-        sizes = {len(z["single_partition_of_fp32_groups"][group]) + z["group_paddings"][group] for z in zero}
+        # A part without the filling at the end of the group, which is not saved, and that filling. The optimizer of
+        # ZeRO-1 in bf16 saves parts as they are.
+        sizes = {
+            len(z["single_partition_of_fp32_groups"][group]) + z["group_paddings"][group] * ("zero_stage" in z)
+            for z in zero
+        }
         if len(sizes) != 1:
             raise ValueError(f"the parts of group {group} differ in size: {sorted(sizes)}")
         (size,), offset = sizes, 0
@@ -264,7 +269,9 @@ def _make_moments(engine: deepspeed.DeepSpeedEngine, step: float) -> None:
     """AdamW's state as it is after a step, to be filled: a new optimizer has none."""
     zero = engine.optimizer
     stage3 = engine.zero_optimization_stage() == 3
-    for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    # By the optimizer: of ZeRO-3, of ZeRO-1 and 2, of ZeRO-1 in bf16.
+    for flat in next(getattr(zero, name) for name in names if hasattr(zero, name)):
         moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.tensor(step, dtype=torch.float32, device=flat.device), **moments}
     if not stage3:

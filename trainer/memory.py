@@ -290,8 +290,8 @@ class Option:
     """The configuration's."""
 
 
-REPOSITORY = {"ZeRO-2": "ds_configs/zero2.json", "ZeRO-3": "ds_configs/zero3.json",
-              "ZeRO-3, offload": "ds_configs/zero3_offload.json"}  # fmt: skip
+REPOSITORY = {"ZeRO-1": "ds_configs/zero1.json", "ZeRO-2": "ds_configs/zero2.json",
+              "ZeRO-3": "ds_configs/zero3.json", "ZeRO-3, offload": "ds_configs/zero3_offload.json"}  # fmt: skip
 
 
 def options(model: nn.Module, config: Config, settings: dict[str, Any], world_size: int) -> list[Option]:
