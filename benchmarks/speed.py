@@ -1,11 +1,12 @@
 """This trainer beside what people use today: the same weights, samples, steps, optimizer and precision.
 
-    make benchmark        or:  python benchmarks/speed.py [--rounds 5] [--steps 2] [--work DIR]
+    make benchmark        or:  python benchmarks/speed.py [--rounds 5] [--steps 2] [--work DIR] [--deepspeed JSON]
 
 Small models in the proportions of Qwen-1.8B and CLIP-ViT-L/14, in fp32 on the CPU, in one process for each arm of
-`arms.py`. The arms take rounds of steps by turns, and all must have the same losses and gradient norms. Prints a table
-and draws it (`speed.svg` in the work folder): useful tokens a second (padding left out), and how many times faster the
-last arm is, as the median over the rounds with the lowest and highest.
+`arms.py`. (One process has nobody to share gradients with: this trainer takes ZeRO-1, which copies them once a step.)
+The arms take rounds of steps by turns, and all must have the same losses and gradient norms. Prints a table and draws
+it (`speed.svg` in the work folder): useful tokens a second (padding left out), and how many times faster the last arm
+is, as the median over the rounds with the lowest and highest.
 """
 
 import argparse
@@ -33,6 +34,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each arm; default: 5")
     parser.add_argument("--steps", type=int, default=2, help="of a round; default: 2")
     parser.add_argument("--work", type=Path, help="folder for models, shards and the picture; default: a temporary one")
+    parser.add_argument(
+        "--deepspeed", default="ds_configs/zero1.json", metavar="JSON", help="of this trainer; default: %(default)s"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.work or Path(temporary)).resolve()
@@ -41,14 +45,15 @@ def main() -> None:
         rows = []
         capability = torch.backends.cpu.get_cpu_capability()
         print(f"{os.cpu_count()} cores ({capability}), fp32, PyTorch {torch.__version__}; {args.rounds} rounds of "
-              f"{args.steps} steps of {PACKS[0]} packs of 512 tokens\n")  # fmt: skip
+              f"{args.steps} steps of {PACKS[0]} packs of 512 tokens; {args.deepspeed}\n")  # fmt: skip
         print("| trained | lengths | arm | useful tokens / s | this trainer is faster | aim |")
         print("|---|---|---|---|---|---|")
         for stage in FREEZE:
             for mix in MIXES:
                 write_shards(work / mix, mix, SAMPLES)
                 config = work / f"{mix}-{stage.replace(' ', '')}.yaml"
-                write_config(config, stage, work / mix, (work / "models/qwen", work / "models/clip"), PACKS)
+                models = work / "models/qwen", work / "models/clip"
+                write_config(config, stage, work / mix, models, PACKS, args.deepspeed)
                 try:
                     arms = compare(list(NAMES), config, 1, args.rounds, args.steps)
                 except ArmError as error:

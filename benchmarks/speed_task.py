@@ -117,17 +117,20 @@ FREEZE = {"stage 1": ["vision_tower", "language_model"], "stage 2": ["vision_tow
 
 
 def write_config(
-    file: Path, stage: str, shards: Path, models: tuple[Path, Path], packs: tuple[int, int], **changes: dict[str, Any]
-) -> None:
+    file: Path, stage: str, shards: Path, models: tuple[Path, Path], packs: tuple[int, int],
+    deepspeed: str = "ds_configs/zero2.json", **changes: dict[str, Any],
+) -> None:  # fmt: skip
     """A configuration at a constant rate.
 
-    models: folders of language model and tower. packs: of a step, and of a micro-batch. changes: of its sections.
+    models: folders of language model and tower. packs: of a step, and of a micro-batch. deepspeed: its JSON, of this
+    trainer. changes: of its sections.
     """
     config: dict[str, Any] = {
         "run": {"output_dir": str(file.with_suffix("")), "overwrite": True},
         "model": {"language_model": str(models[0]), "vision_tower": str(models[1]),
                   "fuse_elementwise": True},
         "freeze": FREEZE[stage],
+        "deepspeed": deepspeed,
         "data": {"train": [{"name": "drawn", "shards": str(shards / "*.tar")}], "max_length": PACK, "packing": True,
                  "num_workers": 1},
         "optim": {"learning_rate": 1e-5, "projector_learning_rate": 1e-4, "schedule": "constant", "warmup_ratio": 0.0},
