@@ -41,6 +41,8 @@ def main() -> None:
     if lengths is not None:
         lengths.build()
     stream = open_stream(config, sources, lengths)
+    if args.step > (last := last_step(config, stream)):
+        raise ConfigError(f"--step {args.step}: the run ends with step {last}")
     names = [source.name for source in sources for _ in source.shards]
 
     print(f"{'row':>4}  {'source':12}  {'tokens':>6}  {'cut':>5}  {'learnt':>6}  {'images':>6}  shard/key: last answer")
@@ -62,10 +64,6 @@ def main() -> None:
             images = input_ids.count(placeholder) // len(template.image_run)
             answer = " ".join([turn.text for turn in turns if turn.role == "assistant"][-1].split())
             print(f"{head}{len(input_ids):6}  {cut:5}  {learnt:6}  {images:6}  {where}: {printable(answer[:60])}")
-    if args.step > (last := last_step(config, stream)):
-        print(f"the run ends with step {last}: it never comes to this one")
-    if not any(rows):
-        print(f"no sample: the run ends after {stream.end} rows")
 
 
 if __name__ == "__main__":

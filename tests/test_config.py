@@ -244,6 +244,7 @@ train: {{max_steps: 5, global_batch_size: 10, micro_batch_size: 4}}
         ("optim", {"learning_rate": float("nan")}, "optim.learning_rate: expected a number, found nan"),
         ("optim", {"max_grad_norm": float("inf")}, "optim.max_grad_norm: expected a number, found inf"),
         ("optim", {"schedule": "cosin"}, "optim.schedule: expected one of cosine, linear, constant, found 'cosin'"),
+        ("optim", {"betas": 0.9}, "optim.betas: expected a list of numbers, found 0.9"),
         ("optim", {"betas": [0.9]}, "optim.betas: expected two numbers from 0 to below 1, found [0.9]"),
         ("optim", {"betas": ["a", 0.9]}, "optim.betas[0]: expected a number, found 'a'"),
         ("deepspeed", "zero2.json", "deepspeed: no such file: zero2.json"),

@@ -130,7 +130,9 @@ def test_what_is_recommended_fits_by_its_own_account(full_run, planned):
     said = planned(*asked)
     assert "as configured it does NOT fit" in said
     (line,) = [line for line in said.splitlines() if line.strip().startswith("--set ")]
-    assert "as configured it fits" in planned(*asked, *line.split())
+    followed = planned(*asked, *line.split())
+    assert "as configured it fits" in followed
+    assert "which is likely to be the fastest way" in followed
     assert int(line.rpartition("=")[2]) * 2048 >= ENOUGH_TOKENS
     # And on a GPU that is too small for one row nothing is.
     assert "nothing fits, even a single row" in planned(*asked[:-1], "6GiB")

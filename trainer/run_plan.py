@@ -248,11 +248,14 @@ def _recommended(plan: Plan, gpu_memory: float) -> list[str]:
     if best is None:
         return [*lines, "nothing fits, even a single row: use more ranks, lower data.max_length, or freeze more"]
     rows, option, recomputed = best
-    batch = f"train.micro_batch_size={rows}"
-    if plan.config.train.micro_batch_tokens is not None:
+    train, batch = plan.config.train, f"train.micro_batch_size={rows}"
+    if train.micro_batch_tokens is not None:
         batch = f"train.micro_batch_tokens={int(rows * plan.rows.widest.tokens)}"
+    elif option.own and recomputed == every and rows == train.micro_batch_size:
+        return [*lines, "which is likely to be the fastest way"]
     return [
         *lines,
+        "likely to be the fastest way that fits:",
         f"--set deepspeed={option.file} model.activation_checkpointing={str(bool(recomputed)).lower()} {batch}",
     ]
 
