@@ -42,7 +42,7 @@ def main() -> None:
         lengths.build()
     stream = open_stream(config, sources, lengths)
     if args.step > (last := last_step(config, stream)):
-        raise ConfigError(f"--step {args.step}: the run ends with step {last}")
+        raise ConfigError(f"--step {args.step}: the run ends with step {last}; give it that or less")
     names = [source.name for source in sources for _ in source.shards]
 
     print(f"{'row':>4}  {'source':12}  {'tokens':>6}  {'cut':>5}  {'learnt':>6}  {'images':>6}  shard/key: last answer")

@@ -64,10 +64,13 @@ def saved_and_attacked(world, config_file: str, out: str) -> dict:
 
     # Back to step 3 of 5, and on to step 4, keeping one, with another rate and decay.
     shutil.copytree(run, branch)
-    changes = "optim.learning_rate=0.125", "optim.weight_decay=0.25", "optim.betas=[0.5, 0.75]"
+    changes = (
+        "optim.learning_rate=0.125", "optim.weight_decay=0.25", "optim.betas=[0.5, 0.75]", "optim.max_grad_norm=0.125"
+    )  # fmt: skip
     state = setup(config(branch, 1, *changes), world, str(branch / "checkpoint-000003"))
     groups = state.engine.optimizer.param_groups
     found["rates of the branch"] = [(g["part"], g["peak_lr"], g["weight_decay"], tuple(g["betas"])) for g in groups]
+    found["clipping of the branch"] = state.engine.optimizer.clip_grad
     train(state, until=4)
     found["after the branch"] = names(branch), (branch / "latest").read_text().strip()
 
@@ -274,6 +277,7 @@ def test_rates_are_those_of_the_configuration_that_resumes(outcome):
         ("projector", 0.005, 0.25, betas), ("projector", 0.005, 0.0, betas),
         ("language_model", 0.125, 0.25, betas), ("language_model", 0.125, 0.0, betas),
     ]  # fmt: skip
+    assert outcome[1]["clipping of the branch"] == 0.125
 
 
 # --- Whose samples ---

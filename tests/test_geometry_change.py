@@ -162,6 +162,20 @@ def test_ranks_and_stage_change_at_once_in_bf16_where_no_size_comes_out_even(tin
     assert any((tensor != tensor.bfloat16()).any() for name, tensor in came.items() if name.endswith(" fp32"))
 
 
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_a_run_goes_on_in_fp32_with_the_master_weights_of_its_bf16(tiny_run, tmp_path, stage):
+    (tmp_path / "chain").mkdir()
+    plan = [(stage, [MICRO(3), "train.bf16=false"], 4)]
+    run_ranks(leg, 2, str(tiny_run), str(tmp_path / "chain"), stage, [MICRO(3), "train.bf16=true"], "none", 2)
+    run_ranks(legs, 2, str(tiny_run), str(tmp_path), plan)
+    left, came = (torch.load(tmp_path / "chain" / f"{side}-2.pt") for side in ("left", "came"))
+    for name, tensor in left.items():
+        assert torch.equal(came[name].to(tensor.dtype), tensor), name
+        if name.endswith(" weight") and f"{name.removesuffix(' weight')} fp32" in came:
+            assert torch.equal(came[name], came[f"{name.removesuffix(' weight')} fp32"]), name
+    assert [line["step"] for line in lines(tmp_path / "chain")] == [1, 2, 3, 4]
+
+
 @pytest.mark.long
 def test_a_lora_run_changes_ranks_and_stage_with_its_adapter(tiny_run, tmp_path):
     settings = [MICRO(3), "lora={r: 3, dropout: 0.0}"]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 from ranks import run_ranks
 from shapes import write_small_run
 
@@ -20,9 +21,11 @@ FREEZE = {
 }
 ZERO = {name: f"deepspeed=ds_configs/{name}.json" for name in ("zero2", "zero3", "zero3_offload")}
 
+ZERO_1 = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
+
 OTHERS = {
-    "zero1 fp32": {"zero_optimization": {"stage": 1}},
-    "zero1 bf16": {"zero_optimization": {"stage": 1}},
+    "zero1 fp32": ZERO_1,
+    "zero1 bf16": ZERO_1,
     "zero2 sums bf16": {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}},
 }
 """Less common ways, each under a name that ends in the type."""

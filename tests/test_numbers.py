@@ -12,6 +12,7 @@ from trainer.config import Config
 from trainer.errors import NumbersError
 
 STAGES = ["zero1", "zero2", "zero3"]
+"""ZeRO-1 in bf16, where DeepSpeed has another optimizer for it."""
 
 
 def disturbed(world, config_file: str, out: str) -> dict[str, str]:
@@ -28,7 +29,8 @@ def disturbed(world, config_file: str, out: str) -> dict[str, str]:
 
     said = {}
     for stage in STAGES:
-        state = start(f"image-{stage}", f"deepspeed=ds_configs/{stage}.json")
+        settings = f"deepspeed=ds_configs/{stage}.json", f"train.bf16={str(stage == 'zero1').lower()}"
+        state = start(f"image-{stage}", *settings)
         inputs, batches = state.inputs, []
 
         def bad_picture(batch, inputs=inputs, batches=batches):
@@ -45,7 +47,7 @@ def disturbed(world, config_file: str, out: str) -> dict[str, str]:
             Path(out, f"image-{stage}", "keys.json").write_text(json.dumps(batches[2]))
         state.engine.destroy()
 
-        state = start(f"gradient-{stage}", f"deepspeed=ds_configs/{stage}.json")
+        state = start(f"gradient-{stage}", *settings)
         weight, calls = state.engine.module.multi_modal_projector.linear_2.bias, []
 
         def bad_gradient(gradient, calls=calls):
@@ -56,7 +58,7 @@ def disturbed(world, config_file: str, out: str) -> dict[str, str]:
         train(state)
         state.engine.destroy()
 
-        state = start(f"weight-{stage}", f"deepspeed=ds_configs/{stage}.json", "checkpoint.save_steps=1")
+        state = start(f"weight-{stage}", *settings, "checkpoint.save_steps=1")
         train(state, until=2)
         weight = state.engine.module.language_model.transformer.ln_f.weight
         with deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=stage == "zero3"), torch.no_grad():

@@ -138,6 +138,17 @@ def test_what_is_recommended_fits_by_its_own_account(full_run, planned):
     assert "nothing fits, even a single row" in planned(*asked[:-1], "6GiB")
 
 
+@pytest.mark.parametrize(("batch", "file"), [(128, "zero2"), (1024, "zero1")])
+def test_gradients_of_many_micro_batches_are_to_be_reduced_once_a_step(full_run, planned, batch, file):
+    asked = ["--config", str(full_run("Qwen-1.8B", "stage2")), "--world-size", "8", "--gpu-memory", "80GiB"]
+    said = planned(*asked, "--set", f"train.global_batch_size={batch}")
+    (line,) = [line for line in said.splitlines() if line.strip().startswith("--set ")]
+    assert f"deepspeed=ds_configs/{file}.json" in line
+    assert "which is likely to be the fastest way" in planned(
+        *asked, "--set", f"train.global_batch_size={batch}", *line.split()
+    )
+
+
 def test_without_data_packs_are_assumed_to_be_half_pictures(full_run):
     settings = ["data.packing=true", "data.max_length=1024"]
     rows = make_plan(Config.load(full_run("Qwen-1.8B", "stage2"), settings, needs_data=False), 1).rows
@@ -231,12 +242,15 @@ def test_damaged_shards_are_an_error_and_no_assumption(tiny_run, tmp_path, plann
 
 
 @pytest.mark.parametrize("frozen", ["[vision_tower]", "[vision_tower, language_model]"])
-@pytest.mark.parametrize("mode", ["samples", "packs"])
-def test_two_steps_are_measured_beside_the_plan_and_leave_nothing(small_run, tmp_path, mode, frozen):
+@pytest.mark.parametrize(
+    ("mode", "stage", "bf16"), [("samples", 2, "false"), ("packs", 2, "false"), ("packs", 1, "true")]
+)
+def test_two_steps_are_measured_beside_the_plan_and_leave_nothing(small_run, tmp_path, mode, stage, bf16, frozen):
     # A bucket of the usual size would be most of what so small a model takes.
-    zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
-    (tmp_path / "zero2.json").write_text(json.dumps(zero))
-    settings = [f"deepspeed={tmp_path}/zero2.json", f"run.output_dir={tmp_path}/run", f"freeze={frozen}", *MODES[mode]]
+    zero = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    settings = [f"deepspeed={tmp_path}/zero.json", f"run.output_dir={tmp_path}/run", f"freeze={frozen}", *MODES[mode]]
+    settings.append(f"train.bf16={bf16}")
     done = script("launch/plan.py", "--config", str(small_run), "--measure", "--set", *settings)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
@@ -248,6 +262,6 @@ def test_two_steps_are_measured_beside_the_plan_and_leave_nothing(small_run, tmp
     planned, found = row(measured, "peak of tensors")
     # An upper bound: of packs there is one micro-batch a step, whose gradients come as its activations go.
     assert planned == pytest.approx(found, rel=0.15)
-    # Of a language model that trains, only with buckets of a usual size.
-    assert found <= planned or "language_model" not in frozen
+    # Of a language model that trains, only with buckets of a usual size; ZeRO-1 in bf16 has none.
+    assert found <= planned or ("language_model" not in frozen and stage == 2)
     assert numbers(re.search(r"seconds a step: .*", measured)[0])[0] > 0

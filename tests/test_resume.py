@@ -69,6 +69,7 @@ MIXED = (
     [
         ("zero2", []),
         ("zero3", []),
+        ("zero1", ["train.bf16=true"]),
         # 20 steps of 4 packs, two thirds of the source of 12 samples: tens of its epochs.
         ("zero2", ["data.packing=true", "train.global_batch_size=4", MIXED]),
         pytest.param(
@@ -83,7 +84,14 @@ MIXED = (
             ],
         ),
     ],
-    ids=["zero2", "zero3", "packed and mixed", "by length, half recomputed", "kept, fused, no workers"],
+    ids=[
+        "zero2",
+        "zero3",
+        "zero1 in bf16",
+        "packed and mixed",
+        "by length, half recomputed",
+        "kept, fused, no workers",
+    ],
 )
 def test_resumed_run_equals_the_straight_one_bitwise(tiny_run, tmp_path, stage, changes):
     shutil.copytree(tiny_run.parent / "tiny-clip", tmp_path / "clip")

@@ -210,21 +210,26 @@ def _differing_shards(before: list[str], now: list[str]) -> list[str]:
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     """Weights and optimizer of a checkpoint into the engine; frozen weights stay as they are. Loads no code.
 
-    What as many ranks wrote under the same ZeRO stage, offloaded or not, is loaded as it is; all else is converted.
-    Rates, betas and decay stay those of this run's configuration: only what the optimizer has gathered is loaded.
+    What as many ranks wrote under the same ZeRO stage in the same type, offloaded or not, is loaded as it is; all else
+    is converted. Rates, betas, decay and clipping stay those of this run's configuration: only what the optimizer has
+    gathered is loaded.
     Raises CheckpointError where DeepSpeed's files hold anything but tensors, plain values and `SAFE_GLOBALS`.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     written = _geometry(path)
     now = torch.distributed.get_world_size(), int(engine.zero_optimization_stage())
+    same_type = any((path / DEEPSPEED).glob("bf16_*")) == engine.bfloat16_enabled()  # DeepSpeed's names say it
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed itself asks for unpickling of anything
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
-            if written == now:
+            if written == now and same_type:
                 loaded, _ = engine.load_checkpoint(str(path), tag=DEEPSPEED, load_module_strict=False)
             else:
-                log.info("%s is of %d ranks under ZeRO-%d; converting it for %d under ZeRO-%d", path, *written, *now)
+                log.info(
+                    "%s is of %d ranks under ZeRO-%d%s; converting it for %d under ZeRO-%d", path, *written,
+                    "" if same_type else " in another type", *now,
+                )  # fmt: skip
                 convert(engine, path / DEEPSPEED, *written)
                 loaded = str(path)
     except pickle.UnpicklingError as error:
@@ -240,6 +245,7 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
         raise CheckpointError(f"{path}: DeepSpeed found nothing to load in {path / DEEPSPEED}")
     for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(setting)
+    engine.optimizer.clip_grad = engine.gradient_clipping()  # but for ZeRO-3 it would be the file's
 
 
 def _geometry(path: Path) -> tuple[int, int]:

@@ -102,7 +102,8 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is list:
-        return f"a list of {_describe(typing.get_args(hint)[0])}".replace("of a number", "of numbers")
+        item = typing.get_args(hint)[0]
+        return f"a list of {'numbers' if item is float else _describe(item)}"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_describe(a) for a in typing.get_args(hint) if a is not type(None))
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -269,8 +269,8 @@ def _make_moments(engine: deepspeed.DeepSpeedEngine, step: float) -> None:
     """AdamW's state as it is after a step, to be filled: a new optimizer has none."""
     zero = engine.optimizer
     stage3 = engine.zero_optimization_stage() == 3
+    # As the optimizers name them of ZeRO-3, of ZeRO-1 and 2, and of ZeRO-1 in bf16.
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    # By the optimizer: of ZeRO-3, of ZeRO-1 and 2, of ZeRO-1 in bf16.
     for flat in next(getattr(zero, name) for name in names if hasattr(zero, name)):
         moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.tensor(step, dtype=torch.float32, device=flat.device), **moments}

@@ -61,7 +61,7 @@ class States:
         """The most that the rank's accelerator holds, allowances left out: an upper bound, for without accumulation
         gradients come only as activations go."""
         held = self.weights + self.gradients + self.optimizer + self.buffers
-        return held + max(activations.peak, self.step)
+        return held + max(activations.peak, activations.inputs + self.step)
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,10 @@ class Sharding:
             return replace(states, gradients=gradients, buffers=states.buffers + bucket, host=host)
         if self.sum_size == self.size:
             return replace(states, gradients=gradients)
-        # In bf16 with fp32 sums another optimizer is at work: no bucket, and a micro-batch's own gradients stay too.
-        return replace(states, gradients=gradients + self.size * self.trained, buffers=0)
+        # In bf16 with fp32 sums another optimizer is at work: no bucket, and a micro-batch's own gradients stay too. To
+        # be reduced, the sums of all groups are laid end to end, up to a size that is left out here, and cast.
+        copies = self.sum_size * (len(self.groups) > 1) + self.reduced_size * (self.reduced_size != self.sum_size)
+        return replace(states, gradients=gradients + self.size * self.trained, buffers=0, step=copies * self.trained)
 
     def _stage_2(self) -> States:
         part, same_type = sum(self.parts), self.sum_size == self.size

@@ -43,6 +43,10 @@ ENOUGH_TOKENS = 4096
 """Tokens of a micro-batch from which more of them hardly make a GPU faster: a rule of thumb, not a measurement."""
 
 
+MANY = 4
+"""Micro-batches of a step from which ZeRO-1, that reduces gradients once a step, sends less over the network."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that a report is made of."""
@@ -248,6 +252,9 @@ def _recommended(plan: Plan, gpu_memory: float) -> list[str]:
     if best is None:
         return [*lines, "nothing fits, even a single row: use more ranks, lower data.max_length, or freeze more"]
     rows, option, recomputed = best
+    summed = by_name["ZeRO-1"]
+    if option.name == "ZeRO-2" and plan.rank_rows >= MANY * rows and plan.fitting(summed, recomputed, room) >= rows:
+        option = summed
     train, batch = plan.config.train, f"train.micro_batch_size={rows}"
     if train.micro_batch_tokens is not None:
         batch = f"train.micro_batch_tokens={int(rows * plan.rows.widest.tokens)}"
