@@ -6,6 +6,7 @@ Needs neither a GPU nor a running job; --config takes a run's folder too. Steps 
 """
 
 import argparse
+import signal
 from pathlib import Path
 
 from trainer.config import Config
@@ -20,6 +21,7 @@ def main() -> None:
         "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and is no error
     config = Config.load(args.config, [override for group in args.set for override in group])
     if args.step < 1:
         raise ConfigError(f"--step {args.step}: steps count from 1")

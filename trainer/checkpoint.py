@@ -13,7 +13,9 @@ import pickle
 import re
 import shutil
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +226,8 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             if written == now and same_type:
-                loaded, _ = engine.load_checkpoint(str(path), tag=DEEPSPEED, load_module_strict=False)
+                with redirect_stdout(StringIO()):  # of ZeRO-1 in bf16 it prints what it calls
+                    loaded, _ = engine.load_checkpoint(str(path), tag=DEEPSPEED, load_module_strict=False)
             else:
                 log.info(
                     "%s is of %d ranks under ZeRO-%d%s; converting it for %d under ZeRO-%d", path, *written,

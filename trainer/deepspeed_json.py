@@ -84,11 +84,10 @@ def _unsupported(file: Path, given: dict[str, Any]) -> list[str]:
     zero = given.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
     errors = []
-    if zero.get("stage", 0) == 0:
-        errors.append(
-            f"deepspeed: {file}: zero_optimization.stage is 0, expected 1, 2 or 3: without ZeRO a step whose "
-            f"numbers are not finite would be applied, not skipped"
-        )
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (1, 2, 3):
+        why = ": without ZeRO a step whose numbers are not finite would be applied, not skipped" if stage == 0 else ""
+        errors.append(f"deepspeed: {file}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3{why}")
     if isinstance(given.get("bf16"), dict) and given["bf16"].get("check_grad_overflow") is False:
         errors.append(
             f"deepspeed: {file}: bf16.check_grad_overflow is false: a step whose numbers are not finite would be "

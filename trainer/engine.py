@@ -1,6 +1,8 @@
 """The DeepSpeed engine: ZeRO, precision, accumulation and clipping around model and optimizer."""
 
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from typing import Any
 
 import deepspeed
@@ -47,7 +49,8 @@ def build_engine(
     bucket = Sharding.of(model, config.optim, settings, world_size=1).bucket_size  # the same on any number of ranks
     settings = {**settings, "zero_optimization": {**settings["zero_optimization"], "reduce_bucket_size": bucket}}
     optimizer = build_optimizer(groups, config.optim)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with redirect_stdout(StringIO()):  # of ZeRO-1 in bf16 it prints the memory at every turn
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.checkpoint_engine = RecordingCheckpointEngine(engine.checkpoint_engine)
     # It would put scripts into each checkpoint, which is data, and on a full disk fail on rank 0 alone.
     engine._copy_recovery_script = lambda _folder: None
