@@ -33,6 +33,9 @@ FP32 = "fp32"
 """The master weights, beside AdamW's own names for what it gathers:"""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+"""Flat master weights, as the optimizers name them of ZeRO-3, of ZeRO-1 and 2, and of ZeRO-1 in bf16."""
+
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """What the engine counts, as it names them itself and in its files."""
 
@@ -269,9 +272,7 @@ def _make_moments(engine: deepspeed.DeepSpeedEngine, step: float) -> None:
     """AdamW's state as it is after a step, to be filled: a new optimizer has none."""
     zero = engine.optimizer
     stage3 = engine.zero_optimization_stage() == 3
-    # As the optimizers name them of ZeRO-3, of ZeRO-1 and 2, and of ZeRO-1 in bf16.
-    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    for flat in next(getattr(zero, name) for name in names if hasattr(zero, name)):
+    for flat in next(getattr(zero, name) for name in MASTERS if hasattr(zero, name)):
         moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.tensor(step, dtype=torch.float32, device=flat.device), **moments}
     if not stage3:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainer.config import Config
+from trainer.convert import MASTERS
 from trainer.data.lengths import Lengths
 from trainer.data.order import MicroBatch, Row, Slot
 from trainer.dist import World, on_each_host
@@ -130,10 +131,7 @@ def held(engine: deepspeed.DeepSpeedEngine) -> Held:
     def named(*attributes: str) -> list[Any]:
         return [getattr(optimizer, attribute, None) for attribute in attributes]
 
-    masters = _tensors(named(
-        "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition",
-        "fp32_groups",
-    ))  # fmt: skip
+    masters = _tensors(named(*MASTERS, "fp32_groups"))
     buckets = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
     gradients = [p.grad for p in [*parameters, *masters]] + [getattr(p, "grad_accum", None) for p in parameters]
     gradients += named(

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 ENOUGH_TOKENS = 4096
 """Tokens of a micro-batch from which more of them hardly make a GPU faster: a rule of thumb, not a measurement."""
 
-
 MANY = 4
 """Micro-batches of a step from which ZeRO-1, that reduces gradients once a step, sends less over the network."""
 
