@@ -28,7 +28,7 @@ OUT = Path("runs/demo")
 HELD_OUT = 256
 """Pictures drawn for the end, from a seed of their own: no training shard holds these drawings."""
 
-CAPTION_TOKENS = 32
+ANSWER_TOKENS = 32
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     # The models are tiny: two threads would mostly wait for each other.
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    print("1/4  tiny models (tiny-qwen learns the language, one minute) and pictures", flush=True)
+    print("1/4  tiny models (tiny-qwen learns the language, one to two minutes) and pictures", flush=True)
     write_models(out / "models", seed=0)
     write_shards(out / "shards" / "captions", 4000, seed=1, with_questions=False)
     write_shards(out / "shards" / "questions", 4000, seed=2, with_questions=True)
@@ -64,6 +64,7 @@ def main() -> None:
         f"captions     {OUT / 'captions.png'}\n"
         f"exact match  {found['exact_match']:.1%} with the right image, "
         f"{found['exact_match_shuffled']:.1%} with another sample's\n"
+        f"questions    {found['exact_match_questions']:.1%} answered to the letter\n"
         f"seconds      {found['seconds']:.0f}"
     )
 
@@ -87,24 +88,35 @@ def report(export: Path, out: Path) -> None:
     rng = random.Random(4)
     scenes = [random_scene(rng) for _ in range(HELD_OUT)]
     pictures = [draw(scene, rng) for scene in scenes]
-    captions = describe(Generator(export), pictures)
+    generator = Generator(export)
+    captions = ask(generator, pictures, [CAPTION_PROMPT] * HELD_OUT)
     # What the model says of the next sample's picture, held against this sample's caption.
     others = captions[1:] + captions[:1]
     found = {
         "exact_match": exact_match(scenes, captions),
         "exact_match_shuffled": exact_match(scenes, others),
+        "exact_match_questions": questions_answered(generator, scenes, pictures),
         "held_out_images": HELD_OUT,
     }
     (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     contact_sheet(pictures[:8], captions[:8]).save(out / "captions.png")
 
 
-def describe(generator, pictures: list[bytes], batch_size: int = 64) -> list[str]:
-    captions: list[str] = []
+def ask(generator, pictures: list[bytes], questions: list[str], batch_size: int = 64) -> list[str]:
+    """The answers to one question about each picture."""
+    answers: list[str] = []
     for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
-        captions += generator.answer(batch, [CAPTION_PROMPT] * len(batch), max_new_tokens=CAPTION_TOKENS)
-    return captions
+        batch = slice(start, start + batch_size)
+        answers += generator.answer(pictures[batch], questions[batch], max_new_tokens=ANSWER_TOKENS)
+    return answers
+
+
+def questions_answered(generator, scenes: list[Scene], pictures: list[bytes]) -> float:
+    """The share of all questions about all scenes that are answered to the letter."""
+    asked = [(picture, *turn) for scene, picture in zip(scenes, pictures, strict=True) for turn in scene.questions()]
+    shown, questions, expected = (list(column) for column in zip(*asked, strict=True))
+    answers = ask(generator, shown, questions)
+    return sum(map(str.__eq__, answers, expected)) / len(expected)
 
 
 def exact_match(scenes: list[Scene], captions: list[str]) -> float:

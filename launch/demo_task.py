@@ -133,7 +133,7 @@ def write_models(folder: Path, seed: int) -> None:
     processor.save_pretrained(clip)
 
 
-def teach_language(model: QWenLMHeadModel, vocabulary: Path, seed: int, steps: int = 250, batch_size: int = 32) -> None:
+def teach_language(model: QWenLMHeadModel, vocabulary: Path, seed: int, steps: int = 500, batch_size: int = 32) -> None:
     """What a language model brings along before it sees: it answers in sentences about a scene it is told in words.
 
     The words stand where the picture will: one control token for each of the nine places, a different one for nothing
