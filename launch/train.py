@@ -21,6 +21,7 @@ import psutil
 
 from trainer.config import Config
 from trainer.errors import run_main
+from trainer.paths import find_config
 from trainer.run_lock import RunLock, run_lock
 from trainer.stopping import EXIT_STOPPED, Stopped, StopRequest
 
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
             check_writable(Path(config.run.output_dir))
             lock.append(stack.enter_context(run_lock(Path(config.run.output_dir))))
 
+        log.info("%s -> %s", find_config(args.config), config.run.output_dir)
         on_main_rank(world, take_folder)
         preflight(config, world)
         state = setup(config, world, args.resume, stop)

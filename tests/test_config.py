@@ -111,6 +111,11 @@ def test_unknown_config_name_lists_the_known():
         Config.load("stage3")
 
 
+def test_folder_that_is_no_run_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match=r"a folder without config\.yaml, so not that of a run"):
+        Config.load(tmp_path)
+
+
 def test_config_in_the_working_folder_goes_before_a_named_one(tmp_path, monkeypatch):
     (tmp_path / "stage1.yaml").write_text("{}")
     monkeypatch.chdir(tmp_path)

@@ -149,6 +149,16 @@ def test_gradients_of_many_micro_batches_are_to_be_reduced_once_a_step(full_run,
     )
 
 
+def test_a_way_is_planned_alike_whichever_is_configured(full_run, planned):
+    asked = ["--config", str(full_run("Qwen-1.8B", "stage2")), "--world-size", "8"]
+    ways = {"ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "ZeRO-3, offload": "zero3_offload"}
+    every = ["model.activation_checkpointing=true", "--set"]
+    said = {name: planned(*asked, "--set", *every, f"deepspeed=ds_configs/{file}.json") for name, file in ways.items()}
+    for way in ways:
+        (rows,) = {tuple(row(text, way)) for text in said.values()}
+        assert rows
+
+
 def test_without_data_packs_are_assumed_to_be_half_pictures(full_run):
     settings = ["data.packing=true", "data.max_length=1024"]
     rows = make_plan(Config.load(full_run("Qwen-1.8B", "stage2"), settings, needs_data=False), 1).rows

@@ -302,20 +302,21 @@ def options(model: nn.Module, config: Config, settings: dict[str, Any], world_si
     Raises ConfigError where the configuration's own is refused.
     """
     own = Sharding.of(model, config.optim, settings, world_size)
-    sections = {name: json.loads(find_deepspeed(file).read_text())["zero_optimization"]
-                for name, file in REPOSITORY.items()}  # fmt: skip
-    offload = {"offload_optimizer": sections["ZeRO-3, offload"]["offload_optimizer"]}
+    files = {name: json.loads(find_deepspeed(file).read_text()) for name, file in REPOSITORY.items()}
+    two = files["ZeRO-2"]["zero_optimization"]
+    offload = {"offload_optimizer": files["ZeRO-3, offload"]["zero_optimization"]["offload_optimizer"]}
     found = []
     for stage, offloads in itertools.product(range(4), (False, True)):
         name = f"ZeRO-{stage}" + ", offload" * offloads
         if stage == 0 and offloads:
             continue
-        section = sections.get(name) or {**sections["ZeRO-2"], "stage": stage, **(offload if offloads else {})}
         if (own.zero.stage, own.offloads) == (stage, offloads):
             found.append(Option(name, config.deepspeed, own, own=True))
             continue
+        file = files.get(name) or {"zero_optimization": {**two, "stage": stage, **(offload if offloads else {})}}
+        taken = {key: file.get(key) for key in ("zero_optimization", "communication_data_type")}
         try:
-            sharding = Sharding.of(model, config.optim, {**settings, "zero_optimization": section}, world_size)
+            sharding = Sharding.of(model, config.optim, {**settings, **taken}, world_size)
         except ConfigError:
             sharding = None
         found.append(Option(name, REPOSITORY.get(name), sharding))

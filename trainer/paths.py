@@ -17,6 +17,8 @@ def find_config(path: str | Path) -> Path:
     for file in (Path(path), Path(path) / "config.yaml", configs / path, configs / f"{path}.yaml"):
         if file.is_file():
             return file
+    if Path(path).is_dir():
+        raise ConfigError(f"--config {path}: a folder without config.yaml, so not that of a run; name a YAML file")
     known = ", ".join(sorted(file.stem for file in configs.glob("*.yaml")))
     raise ConfigError(f"--config {path}: no such file, and no such name in launch/configs/ (there are: {known})")
 
