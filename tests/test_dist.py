@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import ROOT
 
 from trainer.dist import World, world_from_environment
 from trainer.errors import ConfigError
@@ -103,3 +104,25 @@ def test_ranks_that_cannot_be_are_refused(environment, wrong):
     environment({**ALL, **wrong})
     with pytest.raises(ConfigError, match="must be numbers|which cannot be"):
         world_from_environment()
+
+
+LOOK = """
+import os, runpy, sys
+class Look:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            raise SystemExit("loads PyTorch with " + os.environ.get("OMP_WAIT_POLICY", "nothing"))
+sys.meta_path.insert(0, Look())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_how_threads_wait_is_said_before_pytorch_is_loaded_unless_the_user_has_said_it(own, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | own
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, str(ROOT / "launch" / "train.py"), "--config", "demo_stage1"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr.strip() == f"loads PyTorch with {expected}"
