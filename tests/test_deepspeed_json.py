@@ -112,6 +112,7 @@ def test_keys_of_the_yaml_are_refused_with_their_home(built, key, home):
         ({"zero_optimization": {"stage": 5}}, "zero_optimization.stage is 5, expected 1, 2 or 3"),
         ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2', expected 1, 2 or 3"),
         ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow is false"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm is false"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme"),
     ],
 )

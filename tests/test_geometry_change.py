@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from ranks import run_ranks
 from test_checkpoint import Planted, plant_bare, plant_in_tensors
 
@@ -127,6 +128,25 @@ def test_two_ranks_then_one_then_two_equal_the_run_that_was_not_stopped(chain, f
     written = [json.loads(file.read_text())["world_size"] for file in sorted(chain.glob("chain/*/state.json"))]
     assert written == [2, 1, 2]
     fault("2 ranks, then 1, then 2", "same batches, losses to 1e-5, frozen weights equal", equal="to rounding")
+
+
+def in_small_groups(world, config_file: str, out: str, until: int | None, resume: str) -> None:
+    """A leg under ZeRO-3 in the file's own sub-groups, or, from step 2 to 4, in some of 5,000 elements."""
+    settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    settings["zero_optimization"]["sub_group_size"] = 5000
+    file = Path(out, f"{world.rank}.json")
+    file.write_text(json.dumps(settings))
+    small = [f"deepspeed={file}"] if until == 4 else []
+    leg(world, config_file, f"{out}/chain", "zero3", [MICRO(3), *small], resume, until)
+
+
+def test_zero3_in_other_sub_groups_equals_the_run_of_one_size(tiny_run, tmp_path):
+    run_ranks(straight_and_first_leg, 2, str(tiny_run), str(tmp_path), "zero3", [MICRO(3)], 2)
+    run_ranks(in_small_groups, 2, str(tiny_run), str(tmp_path), 4, "auto")
+    run_ranks(in_small_groups, 2, str(tiny_run), str(tmp_path), None, "auto")
+    check_handed_over(tmp_path, 2)
+    check_handed_over(tmp_path, 4)
+    check_same_curve(tmp_path)
 
 
 def test_stages_and_offload_in_turn_equal_the_run_of_one_stage(tiny_run, tmp_path, fault):

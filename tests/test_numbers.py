@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from ranks import run_ranks
 
 from trainer.config import Config
 from trainer.errors import NumbersError
 
-STAGES = ["zero1", "zero2", "zero3"]
-"""ZeRO-1 in bf16, where DeepSpeed has another optimizer for it."""
+STAGES = {"zero1": True, "zero2": False, "zero3": False, "zero2-offload": True}
+"""Whether in bf16: there DeepSpeed has another optimizer for ZeRO-1, and sums an offloaded ZeRO-2's gradients apart."""
 
 
 def disturbed(world, config_file: str, out: str) -> dict[str, str]:
@@ -27,9 +28,12 @@ def disturbed(world, config_file: str, out: str) -> dict[str, str]:
         config = Config.load(config_file, [*own, "train.max_skipped_steps=3", *settings], world.world_size)
         return setup(config, world, "none")
 
-    said = {}
-    for stage in STAGES:
-        settings = f"deepspeed=ds_configs/{stage}.json", f"train.bf16={str(stage == 'zero1').lower()}"
+    offloaded, said = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()), {}
+    offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    Path(out, f"{world.rank}.json").write_text(json.dumps(offloaded))
+    for stage, bf16 in STAGES.items():
+        file = f"{out}/{world.rank}.json" if "offload" in stage else f"ds_configs/{stage}.json"
+        settings = f"deepspeed={file}", f"train.bf16={str(bf16).lower()}"
         state = start(f"image-{stage}", *settings)
         inputs, batches = state.inputs, []
 
@@ -90,7 +94,7 @@ def test_a_picture_of_one_rank_that_is_no_number_skips_one_step_and_is_named(run
     assert [line.get("not_finite") for line in lines] == [None, culprits, None, None, None, None]
     assert math.isnan(lines[1]["loss"])
     assert lines[1]["grad_norm"] is None
-    assert all(math.isfinite(line["loss"]) for line in lines[2:])
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] for line in lines[2:])
     fault(f"{stage}: NaN in a picture of one rank", "its step skipped on all ranks, the samples named", equal="-")
 
 

@@ -1,12 +1,14 @@
 """A save lets training go on, and what goes wrong beside it is said by all ranks, with nothing lost."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 
+from trainer.checkpoint import existing, tidy
 from trainer.config import Config
 from trainer.errors import CheckpointError
 from trainer.manifest import check_whole
@@ -63,6 +65,43 @@ def slow_and_failing(world, config_file: str, out: str) -> dict:
         found["failed at"] = state.step
     state.engine.destroy()
     return found
+
+
+def held_open(world, config_file: str, out: str) -> str:
+    """A run in which the folder of an old checkpoint cannot be removed, as on NFS while somebody reads a file of it."""
+    from trainer import saving
+    from trainer.train import train
+
+    remove, refused = shutil.rmtree, []
+
+    def refusing(path, ignore_errors=False):
+        if "checkpoint-000002" in str(path):
+            refused.append(str(path))
+            (Path(path) / "state.json").unlink(missing_ok=True)  # some of it goes
+            if not ignore_errors:
+                raise OSError(16, "Device or resource busy")
+        else:
+            remove(path, ignore_errors=ignore_errors)
+
+    saving.shutil.rmtree = refusing
+    try:
+        state = start(world, config_file, f"{out}/open", "train.max_steps=6", "checkpoint.keep_last=1")
+        train(state)
+        state.engine.destroy()
+    finally:
+        saving.shutil.rmtree = remove
+    return refused[0] if refused else ""
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing_and_is_none_any_more(tiny_run, tmp_path):
+    refused, _ = run_ranks(held_open, 2, str(tiny_run), str(tmp_path))
+    assert refused
+    assert [path.name for path in existing(tmp_path / "open")] == ["checkpoint-000006"]
+    assert (tmp_path / "open" / "latest").read_text().strip() == "checkpoint-000006"
+    left = tmp_path / "open" / ".checkpoint-000002.removed"
+    assert left.is_dir()
+    tidy(tmp_path / "open")  # as the next start does
+    assert not left.exists()
 
 
 def test_training_goes_on_while_the_export_is_written_and_hears_of_its_failure(tiny_run, tmp_path, fault):

@@ -259,6 +259,17 @@ def test_summary_names_who_is_waited_for(changed, named):
     assert [rank for rank in range(4) if f"key-{rank}" in text] == named
 
 
+def test_places_in_which_a_rank_waits_are_there():
+    from deepspeed import DeepSpeedEngine
+
+    from trainer.dist import sum_over_ranks
+    from trainer.train import whole_loss
+
+    places = [f" in {wait.__name__}\n".encode() for wait in (sum_over_ranks, whole_loss)]
+    assert [b"distributed_c10d.py", *places, b" in _take_model_step\n"] == list(watchdog.COLLECTIVES)
+    assert callable(DeepSpeedEngine._take_model_step)
+
+
 def test_summary_of_many_ranks_stays_short():
     text = summary({rank: state(rank, keys=["k"] * 100) for rank in range(500)}, Path("/run"))
     assert "and 492 more ranks" in text

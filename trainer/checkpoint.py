@@ -62,6 +62,8 @@ class RunState:
     world_size: int
     zero_stage: int
     """Ranks and ZeRO stage that DeepSpeed's files are cut for."""
+    sub_group_size: int | None = None
+    """Of ZeRO-3, for which they are cut too; None in checkpoints of before it was told."""
     bad_samples: dict[str, int] = field(default_factory=dict)
     """Samples left out so far, by kind."""
     frozen: str = ""
@@ -146,8 +148,8 @@ def tidy(output_dir: Path) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(final)
-    for partial in output_dir.glob(".checkpoint-*.partial"):
-        shutil.rmtree(partial)
+    for left in (*output_dir.glob(".checkpoint-*.partial"), *output_dir.glob(".checkpoint-*.removed")):
+        shutil.rmtree(left, ignore_errors=left.suffix == ".removed")  # somebody may have a file of that open
 
 
 def clear(output_dir: Path) -> None:
@@ -191,7 +193,7 @@ def read_state(path: Path, expected: RunState) -> RunState:
             "%d shards were written to, or copied, since %s, among them %s: their members are the same, and "
             "`launch/prepare_shards.py verify` tells whether these are whole", len(touched), path, touched[0],
         )  # fmt: skip
-    same = {name: getattr(expected, name) for name in ("world_size", "zero_stage", "shard_times")}
+    same = {name: getattr(expected, name) for name in ("world_size", "zero_stage", "sub_group_size", "shard_times")}
     return replace(state, **same)
 
 
@@ -212,27 +214,29 @@ def _differing_shards(before: list[str], now: list[str]) -> list[str]:
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     """Weights and optimizer of a checkpoint into the engine; frozen weights stay as they are. Loads no code.
 
-    What as many ranks wrote under the same ZeRO stage in the same type, offloaded or not, is loaded as it is; all else
-    is converted. Rates, betas, decay and clipping stay those of this run's configuration: only what the optimizer has
-    gathered is loaded.
+    What as many ranks wrote under the same ZeRO stage and sub_group_size in the same type, offloaded or not, is loaded
+    as it is; all else is converted. Rates, betas, decay and clipping stay those of this run's configuration: only what
+    the optimizer has gathered is loaded.
     Raises CheckpointError where DeepSpeed's files hold anything but tensors, plain values and `SAFE_GLOBALS`.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-    written = _geometry(path)
+    stored = json.loads((path / STATE).read_text())
+    written = stored["world_size"], stored["zero_stage"]
     now = torch.distributed.get_world_size(), int(engine.zero_optimization_stage())
     same_type = any((path / DEEPSPEED).glob("bf16_*")) == engine.bfloat16_enabled()  # DeepSpeed's names say it
+    same_groups = now[1] < 3 or stored.get("sub_group_size") in (None, engine.zero_sub_group_size())
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed itself asks for unpickling of anything
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
-            if written == now and same_type:
+            if written == now and same_type and same_groups:
                 with redirect_stdout(StringIO()):  # of ZeRO-1 in bf16 it prints what it calls
                     loaded, _ = engine.load_checkpoint(str(path), tag=DEEPSPEED, load_module_strict=False)
             else:
+                other = " in another type" * (not same_type) + " with another sub_group_size" * (not same_groups)
                 log.info(
-                    "%s is of %d ranks under ZeRO-%d%s; converting it for %d under ZeRO-%d", path, *written,
-                    "" if same_type else " in another type", *now,
-                )  # fmt: skip
+                    "%s is of %d ranks under ZeRO-%d%s; converting it for %d under ZeRO-%d", path, *written, other, *now
+                )
                 convert(engine, path / DEEPSPEED, *written)
                 loaded = str(path)
     except pickle.UnpicklingError as error:
@@ -249,9 +253,3 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(setting)
     engine.optimizer.clip_grad = engine.gradient_clipping()  # but for ZeRO-3 it would be the file's
-
-
-def _geometry(path: Path) -> tuple[int, int]:
-    """(ranks, ZeRO stage) that DeepSpeed's files in a checkpoint are cut for."""
-    stored = json.loads((path / STATE).read_text())
-    return stored["world_size"], stored["zero_stage"]

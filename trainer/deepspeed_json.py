@@ -93,6 +93,11 @@ def _unsupported(file: Path, given: dict[str, Any]) -> list[str]:
             f"deepspeed: {file}: bf16.check_grad_overflow is false: a step whose numbers are not finite would be "
             f"applied, not skipped; leave it out"
         )
+    if zero.get("compute_grad_norm") is False:
+        errors.append(
+            f"deepspeed: {file}: zero_optimization.compute_grad_norm is false: in fp32 a step whose gradients are not "
+            f"finite would be applied, not skipped; leave it out"
+        )
     if isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device") == "nvme":
         errors.append(
             f"deepspeed: {file}: zero_optimization.offload_param.device is nvme, where frozen weights cannot be "

@@ -17,6 +17,7 @@ import torch.distributed
 from tqdm import tqdm
 
 from trainer import rendezvous
+from trainer.data.parallel import cores
 from trainer.errors import ConfigError, DataError, UserError
 from trainer.stopping import StopRequest
 
@@ -108,7 +109,7 @@ def distributed(world: World, stop: StopRequest | None = None) -> Iterator[World
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one host would each start a thread per core and wait for one another.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.world_size)))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, min(cores(), (os.cpu_count() or 1) // ranks_here)))
     # On a CPU, DeepSpeed would compile a shared-memory collective at the first start; a process killed while it does
     # leaves a lock on which every later run waits for ever. Gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

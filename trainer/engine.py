@@ -57,6 +57,17 @@ def build_engine(
     return engine
 
 
+def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """After a step that was skipped: what DeepSpeed keeps of its gradients.
+
+    With an offloaded optimizer, ZeRO-1 and 2 in bf16 would keep the sums in fp32, and add to them in every later step.
+    (source: DeepSpeed 0.19.8, `DeepSpeedZeroOptimizer._optimizer_step` after an overflow)
+    """
+    if engine.zero_optimization_stage() < 3 and engine.zero_cpu_offload():
+        kept = engine.optimizer.averaged_gradients
+        kept.update(dict.fromkeys(kept))
+
+
 def fuse_elementwise(model: PreTrainedModel) -> None:
     """Has norms, rotary embedding and gates computed in one pass each. Raises ConfigError if nothing of the model
     can."""

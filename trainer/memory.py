@@ -9,7 +9,6 @@ take their weights only.
 
 import bisect
 import itertools
-import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
+from trainer import deepspeed_json
 from trainer.activations import FP32, Activations, activation_bytes
 from trainer.config import CheckpointConfig, Config, OptimConfig
 from trainer.errors import ConfigError
@@ -302,8 +302,9 @@ def options(model: nn.Module, config: Config, settings: dict[str, Any], world_si
     Raises ConfigError where the configuration's own is refused.
     """
     own = Sharding.of(model, config.optim, settings, world_size)
-    files = {name: json.loads(find_deepspeed(file).read_text()) for name, file in REPOSITORY.items()}
-    two = files["ZeRO-2"]["zero_optimization"]
+    files = {name: deepspeed_json.build(find_deepspeed(file), config, world_size)[0]
+             for name, file in REPOSITORY.items()}  # fmt: skip
+    two = files["ZeRO-2"]
     offload = {"offload_optimizer": files["ZeRO-3, offload"]["zero_optimization"]["offload_optimizer"]}
     found = []
     for stage, offloads in itertools.product(range(4), (False, True)):
@@ -313,10 +314,10 @@ def options(model: nn.Module, config: Config, settings: dict[str, Any], world_si
         if (own.zero.stage, own.offloads) == (stage, offloads):
             found.append(Option(name, config.deepspeed, own, own=True))
             continue
-        file = files.get(name) or {"zero_optimization": {**two, "stage": stage, **(offload if offloads else {})}}
-        taken = {key: file.get(key) for key in ("zero_optimization", "communication_data_type")}
+        section = {**two["zero_optimization"], "stage": stage, **(offload if offloads else {})}
         try:
-            sharding = Sharding.of(model, config.optim, {**settings, **taken}, world_size)
+            taken = files.get(name, {**two, "zero_optimization": section})
+            sharding = Sharding.of(model, config.optim, taken, world_size)
         except ConfigError:
             sharding = None
         found.append(Option(name, REPOSITORY.get(name), sharding))

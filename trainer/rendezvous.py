@@ -193,8 +193,9 @@ def connected(rank: int, connect: Callable[[], None]) -> None:
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """How long collectives of the process group wait from now on."""
-    torch.distributed.distributed_c10d._set_pg_timeout(timeout, torch.distributed.group.WORLD)
+    """How long collectives wait from now on, in all groups that there are: DeepSpeed works in some of its own."""
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _who(rank: int) -> str:

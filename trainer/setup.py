@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from trainer import checkpoint
+from trainer import checkpoint, rendezvous
 from trainer.card import ModelCard
 from trainer.config import Config
 from trainer.data.lengths import Lengths
@@ -26,7 +27,7 @@ from trainer.data.plan import NamedSource, describe
 from trainer.data.samples import Batch
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
-from trainer.dist import World, log, on_main_rank
+from trainer.dist import TIMEOUT, World, log, on_main_rank
 from trainer.engine import build_engine, deepspeed_settings
 from trainer.errors import ConfigError
 from trainer.export import make_processor
@@ -160,17 +161,17 @@ def setup(
     geometry = Geometry(
         train.global_batch_size, train.micro_batch_size, world.rank, world.world_size, train.micro_batch_tokens
     )
+    sharding = Sharding.of(model, config.optim, settings, world.world_size)
     run = checkpoint.RunState(
         step=0, seed=config.run.seed, global_batch_size=train.global_batch_size,
         order=describe(sources, lengths if data.packing else None, data.max_length),
         shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
         shard_times=[0 if shard.url else shard.mtime_ns for shard in reader.shards],
         trained=describe_trained(model), world_size=world.world_size,
-        zero_stage=settings["zero_optimization"]["stage"],
+        zero_stage=int(sharding.zero.stage), sub_group_size=sharding.zero.sub_group_size,
     )  # fmt: skip
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
     steps = last_step(config, stream)
-    sharding = Sharding.of(model, config.optim, settings, world.world_size)
     if saves and run.step < steps:
         on_main_rank(world, lambda: check_disk(config, steps, checkpoint_bytes(sharding), resumed_from))
 
@@ -182,6 +183,8 @@ def setup(
     every = chosen_recomputation(config, world, choose)
     card = ModelCard.of(config, model)  # before ZeRO-3 cuts the parameters that it counts
     engine = build_engine(model, config, settings, every)
+    # A hang is the watchdog's to end, which names who is waited for: NCCL would abort after ten minutes.
+    rendezvous.set_timeout(2 * max(TIMEOUT, timedelta(seconds=config.run.hang_seconds)))
     if resumed_from:
         checkpoint.load(engine, resumed_from)
         log.info("resumed from %s", resumed_from)

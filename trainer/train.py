@@ -22,6 +22,7 @@ from trainer.data.loader import BatchLoader, fetch
 from trainer.data.order import global_batch, micro_batches
 from trainer.data.samples import Batch
 from trainer.dist import ask_ranks, gather, log, on_main_rank, raise_together, sum_over_ranks
+from trainer.engine import forget_gradients
 from trainer.errors import DataError, UserError
 from trainer.evaluate import count_supervised, held_out_loss
 from trainer.metrics import Recorder
@@ -129,6 +130,8 @@ def train_step(state: TrainState, loader: Iterator[Batch]) -> dict:
     loss, losses = forward_backward(state, micro, max(1, supervised))
     state.step += 1
     applied = engine.was_step_applied()
+    if not applied:
+        forget_gradients(engine)
     trouble = state.guard.note(state.step, applied, loss, micro, losses)
     if bad:  # now that the step counts: one that was broken off is taken again
         rejected = [sample for b in micro for sample in b["rejected"]]

@@ -33,8 +33,9 @@ TICK_SECONDS = 1.0
 GRACE_SECONDS = 4.0
 """From a hang that is known to the summary: a few ticks, in which every rank hears of it and writes its stacks."""
 HANG = "hang.json"
-COLLECTIVE = b"distributed_c10d.py"
-"""In the stack of a thread that waits for other ranks."""
+COLLECTIVES = (b"distributed_c10d.py", b" in sum_over_ranks\n", b" in whole_loss\n", b" in _take_model_step\n")
+"""In the stack of a thread that waits for other ranks. With gloo it stands in the first; with NCCL a collective returns
+at once, and it stands where a result is first looked at: in our own sums, or in DeepSpeed's step."""
 SHOWN = 8
 """Ranks, and samples of one, in the summary; the files have all."""
 
@@ -164,7 +165,8 @@ class Heartbeat:
     def _report(self) -> None:
         """Stacks, then the word to the others, then the summary, if no lower rank is there to give it."""
         with contextlib.suppress(OSError):  # a full disk: the others are told all the same, if they can be
-            self._in_collective = COLLECTIVE in self._dump()
+            stacks = self._dump()
+            self._in_collective = any(place in stacks for place in COLLECTIVES)
         self._publish()
         with contextlib.suppress(OSError):
             if _read(self.folder / HANG) in (None, self._old_hang):

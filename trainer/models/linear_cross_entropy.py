@@ -24,10 +24,11 @@ def chunk_rows(vocabulary: int, trains: bool) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of `hidden @ weight.T`; the gradients are made in the forward pass, chunk by chunk."""
+    """Sum of cross-entropies of `hidden @ weight.T`, divided. The gradients are made in the forward pass, chunk by
+    chunk, and divided there, in fp32: the divisor, rounded to bf16, would be an error common to all."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx, hidden, weight, labels, divisor):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks of the head's gradient are summed in fp32: in bf16 late chunks would vanish against the sum.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -42,8 +43,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (total.log() + highest - of_target).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.div_(total)  # softmax
-            grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
+            grad = logits.div_(total.mul_(divisor))  # softmax
+            grad.scatter_add_(-1, target, grad.new_full(target.shape, -1 / divisor))
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
@@ -53,12 +54,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += grad.t() @ chunk
             del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss
+        return loss / divisor
 
     @staticmethod
     def backward(ctx, grad_loss):
         # In place: nobody else has them, and a second backward pass would be told so by PyTorch.
-        return *(None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in ctx.saved_tensors), None
+        return *(None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in ctx.saved_tensors), None, None
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,5 +88,5 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()  # else the gradient of a trained head would be made in evaluation too
-    loss = _LinearCrossEntropy.apply(hidden_states.flatten(0, 1), weight, targets)
-    return loss / max(1, targets.numel() if num_items is None else num_items)
+    divisor = max(1, targets.numel() if num_items is None else num_items)
+    return _LinearCrossEntropy.apply(hidden_states.flatten(0, 1), weight, targets, divisor)
