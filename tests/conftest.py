@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the smallest models that still have every part."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ import demo_task  # noqa: E402
 
 # On tensors this small a second thread gains nothing, and on a busy machine each operation would wait for it.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # nor do other processes: how many there are changes the last bits of a sum
 
 OTHER_CONFIG = {"replace_token_id": 300, "image_context_length": 6, "image_feature_hidden_size": 64}
 """The tiny model's placeholder, as that of the golden checkpoint: an image is six features wide."""

@@ -26,7 +26,7 @@ class Job:
             self.process = subprocess.Popen(
                 [*launcher(2), "--config", str(config), "--resume", resume,
                  "--set", f"run.output_dir={run}", *settings],
-                cwd=ROOT, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
+                cwd=ROOT, env={**os.environ, "PATH": path}, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
 

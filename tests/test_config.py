@@ -244,6 +244,11 @@ train: {{max_steps: 5, global_batch_size: 10, micro_batch_size: 4}}
         ("run", ["name"], "run: expected keys (name, output_dir, seed, overwrite, hang_seconds), found ['name']"),
         ("freeze", "vision_tower", "freeze: expected a list of text, found 'vision_tower'"),
         ("freeze", [1], "freeze[0]: expected text, found 1"),
+        (
+            "freeze",
+            ["h.(4"],
+            "freeze: 'h.(4' is not a regular expression (missing ), unterminated subpattern at position 2)",
+        ),
         ("optim", {"learning_rate": True}, "optim.learning_rate: expected a number, found True"),
         ("optim", {"learning_rate": ".nan"}, "optim.learning_rate: expected a number, found '.nan'"),
         ("optim", {"learning_rate": float("nan")}, "optim.learning_rate: expected a number, found nan"),
@@ -255,6 +260,12 @@ train: {{max_steps: 5, global_batch_size: 10, micro_batch_size: 4}}
         ("deepspeed", "zero2.json", "deepspeed: no such file: zero2.json"),
         ("checkpoint", {"save_steps": 0}, "checkpoint.save_steps: must be at least 1, found 0"),
         ("checkpoint", {"keep_last": -1}, "checkpoint.keep_last: must not be negative, found -1"),
+        (
+            "checkpoint",
+            {"keep_best": True},
+            "checkpoint.keep_best: needs held-out losses: give data.eval and eval.every_steps",
+        ),
+        ("eval", {"answers": 4}, "eval.answers: needs held-out samples: give data.eval"),
         ("logging", {"sample_keys": "yes please"}, "logging.sample_keys: expected true or false, found 'yes please'"),
     ],
 )

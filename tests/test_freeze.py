@@ -105,14 +105,13 @@ def test_without_patterns_all_trains_that_is_read(model, caplog):
 
 
 def test_bad_patterns_and_nothing_left_are_reported_together(model):
-    patterns = ["vision_tower", "language_model", "multi_modal", "adapter", "h.(4", "language_model.layers.5-2",
+    patterns = ["vision_tower", "language_model", "multi_modal", "adapter", "language_model.layers.5-2",
                 "projector.layers.0-1"]  # fmt: skip
     with pytest.raises(ConfigError) as raised:
         freeze(model, patterns)
     found = str(raised.value)
     assert found.startswith("freeze: ")
     assert "'adapter' matches no parameter" in found
-    assert "'h.(4' is not a regular expression (missing ), unterminated subpattern" in found
     assert "'language_model.layers.5-2' matches no parameter" in found
     assert "'projector.layers.0-1' matches no parameter" in found
     assert "everything is frozen" in found

@@ -61,7 +61,8 @@ def ended(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str]:
 
 def test_ranks_that_all_come_meet():
     port = free_port()
-    with rank(0, port) as first, rank(1, port) as second:
+    slow = {"TRAINER_RENDEZVOUS_SECONDS": "60"}  # to import PyTorch may take one of them longer
+    with rank(0, port, **slow) as first, rank(1, port, **slow) as second:
         assert [process.communicate(timeout=60)[0].endswith("met\n") for process in (first, second)] == [True, True]
 
 

@@ -1,6 +1,7 @@
 """What is wrong with a configuration, all at once, without reading weights or data."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 def mistakes(config: "Config", world_size: int, needs_data: bool) -> list[str]:
     """One line each. needs_data: false where shards may be missing."""
     return [
-        *_check_model(config.model), *_check_lora(config), *_check_data(config, needs_data), *_check_mixture(config),
-        *_check_numbers(config), *_check_batch(config.train, world_size), *_check_files(config, world_size),
+        *_check_model(config.model), *_check_freeze(config), *_check_lora(config), *_check_data(config, needs_data),
+        *_check_mixture(config), *_check_evaluation(config), *_check_numbers(config),
+        *_check_batch(config.train, world_size), *_check_files(config, world_size),
     ]  # fmt: skip
 
 
@@ -70,6 +72,17 @@ def _is_causal(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # slow to import
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _check_freeze(config: "Config") -> list[str]:
+    """Whether all are expressions; what they match only the model can tell."""
+    errors = []
+    for pattern in config.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            errors.append(f"freeze: '{pattern}' is not a regular expression ({error})")
+    return errors
 
 
 def _check_lora(config: "Config") -> list[str]:
@@ -157,6 +170,16 @@ def _check_mixture(config: "Config") -> list[str]:
             f"train.micro_batch_tokens={train.micro_batch_tokens} is less than data.max_length={data.max_length}: the "
             f"longest sample would not fit"
         )
+    return errors
+
+
+def _check_evaluation(config: "Config") -> list[str]:
+    """Whether what hangs on held-out samples has any."""
+    errors = []
+    if config.checkpoint.keep_best and not (config.data.eval and config.eval.every_steps):
+        errors.append("checkpoint.keep_best: needs held-out losses: give data.eval and eval.every_steps")
+    if config.eval.answers > 0 and not config.data.eval:
+        errors.append("eval.answers: needs held-out samples: give data.eval")
     return errors
 
 

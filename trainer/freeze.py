@@ -38,19 +38,14 @@ def freeze(model: MQWenForConditionalGeneration, patterns: list[str]) -> None:
     searched for in the parameter's name, as it is without LoRA; adapters are left as they are. What no feature depends
     on of a tower that trains (`unread_parameters`) is turned off too, and logged.
 
-    Raises ConfigError, for all patterns at once, where one matches nothing or is no expression, or where nothing would
-    be left to train; and with adapters, which freeze the language model, where one is of some of its weights alone.
+    Raises ConfigError, for all patterns at once, where one matches nothing, or where nothing would be left to
+    train; and with adapters, which freeze the language model, where one is of some of its weights alone.
     """
     own = {stored_name(name): p for name, p in model.named_parameters() if not is_adapter(name)}
     has_adapter = any(is_adapter(name) for name, _ in model.named_parameters())
     errors = []
     for pattern in patterns:
-        try:
-            expressions = _expressions(pattern)
-        except re.error as error:
-            errors.append(f"'{pattern}' is not a regular expression ({error})")
-            continue
-        for where, expression in expressions.items():
+        for where, expression in _expressions(pattern).items():
             named = {name: parameter for name, parameter in own.items() if expression.search(name)}
             for parameter in named.values():
                 parameter.requires_grad_(False)

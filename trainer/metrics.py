@@ -48,7 +48,9 @@ class Recorder:
         """Records one optimizer step: a line of metrics.jsonl, and every so often a log line and a point."""
         if not self.enabled:
             return
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        # What is no number is none in JSON either.
+        found = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
+        self._file.write(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         step = line["step"]
         for kind in (NOT_FINITE, LOSS_SPIKE):
