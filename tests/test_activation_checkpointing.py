@@ -9,7 +9,7 @@ from trainer.engine import checkpoint_activations
 from trainer.flops import BatchShape
 from trainer.freeze import freeze
 from trainer.memory import States
-from trainer.recomputation import recompute_every
+from trainer.recomputation import planned_recomputation, recompute_every
 from trainer.rows import Rows
 
 FROZEN = {"align": ["vision_tower", "language_model"], "instruct": ["vision_tower"],
@@ -52,6 +52,17 @@ def test_layers_of_a_kind_that_cannot_be_planned_are_all_recomputed():
     assert recompute_every(model, states, shape, 1e12) == 0
     del model.language_model.model.layers[1].mlp.gate_proj
     assert recompute_every(model, states, shape, 1e12) == 1
+
+
+@pytest.mark.parametrize("setting", ["auto", True, False, 2])
+def test_a_batch_that_by_the_plan_does_not_fit_is_told_of_before_the_first_step(caplog, setting):
+    model, states, shape = small_model(), States(10**6, 0, 0, 0, 0), BatchShape.padded(2, 256, 2, 40)
+    with caplog.at_level("WARNING", logger="trainer"):
+        assert planned_recomputation(model, states, shape, setting, 1e12) == (0 if setting == "auto" else setting)
+    assert not caplog.text
+    with caplog.at_level("WARNING", logger="trainer"):
+        assert planned_recomputation(model, states, shape, setting, 10**6) == (1 if setting == "auto" else setting)
+    assert "of the 0.95 MiB that its GPU has for tensors, and may run out of them" in caplog.text
 
 
 def test_a_budget_of_tokens_may_be_full_of_the_rows_with_most_pictures(tiny_run):

@@ -1,9 +1,13 @@
 """In which layers activations are recomputed in the backward pass, where that is left to the plan."""
 
+from contextlib import suppress
+from typing import Literal
+
 from trainer.activations import activation_bytes
+from trainer.dist import log
 from trainer.errors import ConfigError
 from trainer.flops import BatchShape
-from trainer.memory import States
+from trainer.memory import States, format_bytes
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
 SPARSEST = 8
@@ -19,6 +23,28 @@ def recompute_every(model: MQWenForConditionalGeneration, states: States, batch:
         return next(fitting, 1)
     except ConfigError:
         return 1
+
+
+def planned_recomputation(
+    model: MQWenForConditionalGeneration,
+    states: States,
+    batch: BatchShape,
+    setting: bool | int | Literal["auto"],
+    room: float,
+) -> int:
+    """As `recompute_every`, or as it is set. Warns where by the plan a batch does not fit.
+
+    setting: `model.activation_checkpointing`.
+    """
+    every = recompute_every(model, states, batch, room) if setting == "auto" else int(setting)
+    with suppress(ConfigError):  # layers of a kind that cannot be planned
+        planned = states.total(activation_bytes(model, batch, every))
+        if planned > room:
+            log.warning(
+                "by the plan a rank takes up to %s of the %s that its GPU has for tensors, and may run out of them: "
+                "launch/plan.py says what fits", format_bytes(planned), format_bytes(room),
+            )  # fmt: skip
+    return every
 
 
 def in_words(every: int) -> str:

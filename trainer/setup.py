@@ -39,7 +39,7 @@ from trainer.memory import Sharding, checkpoint_bytes, usable
 from trainer.meters import StepMeter
 from trainer.open_data import last_step, open_cache, open_on_all_ranks, open_reader, plan
 from trainer.preflight import check_disk
-from trainer.recomputation import in_words, recompute_every
+from trainer.recomputation import in_words, planned_recomputation
 from trainer.rows import stream_rows
 from trainer.run_lock import RunLock
 from trainer.saving import Saver
@@ -178,7 +178,8 @@ def setup(
     def choose(gpu_memory: float) -> int:
         with open_reader(sources, data, cache) as own:  # what it has opened is closed again
             batch = stream_rows(config, sources, stream, own, template, lengths).largest_batch(config)
-        return recompute_every(model, sharding.states(), batch, usable(gpu_memory))
+        setting = config.model.activation_checkpointing
+        return planned_recomputation(model, sharding.states(), batch, setting, usable(gpu_memory))
 
     every = chosen_recomputation(config, world, choose)
     card = ModelCard.of(config, model)  # before ZeRO-3 cuts the parameters that it counts
@@ -209,13 +210,11 @@ def chosen_recomputation(config: Config, world: World, choose: Callable[[float],
     """Layers whose activations are recomputed, as in `is_recomputed`: as set, or chosen on rank 0 for the memory of its
     GPU. All ranks call this."""
     setting = config.model.activation_checkpointing
-    if setting != "auto":
-        every = int(setting)
-    elif world.device.type == "cuda":
+    if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
         every = on_main_rank(world, lambda: choose(memory))
-    else:
-        every = 0  # a CPU's memory is not known to be this rank's alone
+    else:  # a CPU's memory is not known to be this rank's alone
+        every = 0 if setting == "auto" else int(setting)
     log.info("activations are %s (model.activation_checkpointing: %s)", in_words(every), str(setting).lower())
     return every
 
