@@ -24,6 +24,7 @@ from trainer.data.lengths import Lengths
 from trainer.data.loader import ShardDataset
 from trainer.data.order import Geometry, Slot, Stream
 from trainer.data.plan import NamedSource, describe
+from trainer.data.reader import ShardReader
 from trainer.data.samples import Batch
 from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
@@ -162,14 +163,8 @@ def setup(
         train.global_batch_size, train.micro_batch_size, world.rank, world.world_size, train.micro_batch_tokens
     )
     sharding = Sharding.of(model, config.optim, settings, world.world_size)
-    run = checkpoint.RunState(
-        step=0, seed=config.run.seed, global_batch_size=train.global_batch_size,
-        order=describe(sources, lengths if data.packing else None, data.max_length),
-        shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
-        shard_times=[0 if shard.url else shard.mtime_ns for shard in reader.shards],
-        trained=describe_trained(model), world_size=world.world_size,
-        zero_stage=int(sharding.zero.stage), sub_group_size=sharding.zero.sub_group_size,
-    )  # fmt: skip
+    order = describe(sources, lengths if data.packing else None, data.max_length)
+    run = state_of_new_run(config, order, reader, describe_trained(model), sharding)
     run = checkpoint.read_state(resumed_from, run) if resumed_from else run
     steps = last_step(config, stream)
     if saves and run.step < steps:
@@ -203,6 +198,19 @@ def setup(
         recompute_every=every, step=run.step,
         evaluation_due=run.evaluation_due and bool(held_out and config.eval.every_steps),
         saved_step=run.step if resumed_from else None, stop=StopRequest() if stop is None else stop,
+    )  # fmt: skip
+
+
+def state_of_new_run(
+    config: Config, order: str, reader: ShardReader, trained: str, sharding: Sharding
+) -> checkpoint.RunState:
+    """Before the first step: what a checkpoint to go on from must agree with."""
+    return checkpoint.RunState(
+        step=0, seed=config.run.seed, global_batch_size=config.train.global_batch_size, order=order,
+        shards=[f"{Path(shard.name).name} {shard.digest[:16]}" for shard in reader.shards],
+        shard_times=[0 if shard.url else shard.mtime_ns for shard in reader.shards],
+        trained=trained, world_size=sharding.world_size, zero_stage=int(sharding.zero.stage),
+        sub_group_size=sharding.zero.sub_group_size,
     )  # fmt: skip
 
 
