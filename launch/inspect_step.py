@@ -18,11 +18,11 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one in launch/configs/")
     parser.add_argument("--step", type=int, required=True, help="optimizer step, counted from 1 as in metrics.jsonl")
     parser.add_argument(
-        "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
     )
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and is no error
-    config = Config.load(args.config, [override for group in args.set for override in group])
+    config = Config.load(args.config, args.set)
     if args.step < 1:
         raise ConfigError(f"--step {args.step}: steps count from 1")
 

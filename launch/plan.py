@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one in launch/configs/")
     parser.add_argument("--world-size", type=int, help="ranks, one a GPU; default: those of the launcher, or 1")
     parser.add_argument(
-        "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
     )
     parser.add_argument("--gpu-memory", default="80GiB", help="of one GPU, as nvidia-smi says; default: 80GiB")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is assumed; default: 0.4")
@@ -38,8 +38,7 @@ def main() -> None:
     world = world_from_environment()
     world_size = world.world_size if args.world_size is None else args.world_size
     check_arguments(args, world_size)
-    overrides = [override for group in args.set for override in group]
-    config = Config.load(args.config, overrides, world_size, needs_data=args.measure)
+    config = Config.load(args.config, args.set, world_size, needs_data=args.measure)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found nothing else
     logging.basicConfig(format="%(message)s")
@@ -56,7 +55,7 @@ def main() -> None:
     if args.measure:
         from trainer.measure import measure
 
-        config = Config.load(args.config, overrides)
+        config = Config.load(args.config, args.set)
         with distributed(world):
             log.setLevel(logging.WARNING)
             measured = measure(config, world)

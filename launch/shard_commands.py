@@ -56,7 +56,7 @@ def _add(commands: argparse._SubParsersAction, name: str, run, help: str) -> arg
     command.set_defaults(run=run)
     command.add_argument("shards", nargs="*", metavar="SHARDS", help="paths, globs, brace ranges (d-{000..099}.tar)")
     command.add_argument("--config", metavar="X", help="a training configuration, in place of the options below")
-    command.add_argument("--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="overrides of it")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of it")
     for option, (kind, default, meaning) in WITHOUT_CONFIG.items():
         shown = f"{meaning}; default: {default}" if default else meaning
         name, metavar = f"--{option.replace('_', '-')}", "N" if kind is int else "DIR" if default is None else "TEXT"
@@ -114,8 +114,7 @@ def open_view(args: argparse.Namespace, needs_tokenizer: bool) -> View:
 
 
 def _configured(args: argparse.Namespace) -> View:
-    overrides = [override for group in args.set for override in group]
-    config = Config.load(args.config, overrides)
+    config = Config.load(args.config, args.set)
     if args.shards:
         config.data.train = [ShardsConfig("shards", args.shards)]
 

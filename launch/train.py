@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one in launch/configs/")
     parser.add_argument(
-        "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
     )
     parser.add_argument("--resume", default="auto", help="auto (the default), none, or a checkpoint folder")
     parser.add_argument(
@@ -57,8 +57,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     from trainer.dist import distributed, log, on_main_rank, world_from_environment  # slow to import: signals first
 
     world = world_from_environment()
-    overrides = [override for group in args.set for override in group]
-    config = Config.load(args.config, overrides, world.world_size)
+    config = Config.load(args.config, args.set, world.world_size)
     if args.local_rank is not None:
         stop_with_launcher()
 
