@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 
 from answer_options import add_answer_options
 
-from trainer.errors import ConfigError, DataError, printable, run_main
+from trainer.errors import EXIT_INTERRUPTED, ConfigError, DataError, printable, run_main
 
-STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 if TYPE_CHECKING:  # slow to import, so after the command line is known to be good
@@ -119,7 +118,7 @@ def answer_many(args: argparse.Namespace, decoding: "Decoding") -> None:
             write_answers(args, decoding, questions, leave_out)
         except KeyboardInterrupt:
             print("\nstopped" + ("; the same command goes on" if args.out else ""), file=sys.stderr)
-            sys.exit(STOPPED)
+            sys.exit(EXIT_INTERRUPTED)
     if bad == count:
         what = f"none of {count} questions can be used; each is named above" if count else "the file is empty"
         raise DataError(f"{args.jsonl or args.image[0]}: {what}")

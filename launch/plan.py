@@ -13,6 +13,7 @@ import argparse
 import logging
 import math
 import os
+import signal
 
 import torch
 
@@ -38,6 +39,8 @@ def main() -> None:
     world = world_from_environment()
     world_size = world.world_size if args.world_size is None else args.world_size
     check_arguments(args, world_size)
+    if not args.measure:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and is no error
     config = Config.load(args.config, args.set, world_size, needs_data=args.measure)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found nothing else

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING
 from shard_commands import add_inspection_commands, positive
 
 from trainer.data.parallel import cores
-from trainer.errors import DataError, run_main
+from trainer.errors import EXIT_INTERRUPTED, DataError, run_main
 
-STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 if TYPE_CHECKING:  # the rest is slow to import, so after the command line is known to be good
@@ -168,7 +167,7 @@ def run_prepare(args: argparse.Namespace) -> None:
         summary = prepare(task, args.workers)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on, with the shards in {args.out} as they are", file=sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit(EXIT_INTERRUPTED)
     left_out = sum(summary.left_out.values())
     print(f"{summary.kept} samples in {summary.shards} shards in {args.out}; left out: {left_out}")
     print(summary.table(), end="")

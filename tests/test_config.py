@@ -242,7 +242,7 @@ train: {{max_steps: 5, global_batch_size: 10, micro_batch_size: 4}}
         ("run", {"seed": None}, "run.seed: expected a whole number, found None"),
         ("run", {"name": 7}, "run.name: expected text, found 7"),
         ("run", ["name"], "run: expected keys (name, output_dir, seed, overwrite, hang_seconds), found ['name']"),
-        ("freeze", "vision_tower", "freeze: expected a list of text, found 'vision_tower'"),
+        ("freeze", "vision_tower", "freeze: expected a list of text, found 'vision_tower'; write [vision_tower]"),
         ("freeze", [1], "freeze[0]: expected text, found 1"),
         (
             "freeze",
@@ -254,7 +254,7 @@ train: {{max_steps: 5, global_batch_size: 10, micro_batch_size: 4}}
         ("optim", {"learning_rate": float("nan")}, "optim.learning_rate: expected a number, found nan"),
         ("optim", {"max_grad_norm": float("inf")}, "optim.max_grad_norm: expected a number, found inf"),
         ("optim", {"schedule": "cosin"}, "optim.schedule: expected one of cosine, linear, constant, found 'cosin'"),
-        ("optim", {"betas": 0.9}, "optim.betas: expected a list of numbers, found 0.9"),
+        ("optim", {"betas": 0.9}, "optim.betas: expected a list of numbers, found 0.9; write [0.9]"),
         ("optim", {"betas": [0.9]}, "optim.betas: expected two numbers from 0 to below 1, found [0.9]"),
         ("optim", {"betas": ["a", 0.9]}, "optim.betas[0]: expected a number, found 'a'"),
         ("deepspeed", "zero2.json", "deepspeed: no such file: zero2.json"),
@@ -323,10 +323,31 @@ def test_set_is_checked_like_the_file(mistakes, tree):
     ]
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [", "not YAML"), ("- run", "expected sections, found a list")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", r"not YAML: .*\n.*\n.*in \".*mine.yaml\", line 1"),
+        ("- run", "expected sections, found a list"),
+        ("train: {}\nrun: {}\ntrain: {epochs: 1}", r"'train' is given twice, first in line 1\n\s+in .*line 3"),
+        ("train:\n  epochs: 1\n  epochs: 2", r"'epochs' is given twice, first in line 2\n\s+in .*line 3"),
+    ],
+)
 def test_file_that_is_no_configuration(load, text, said):
-    with pytest.raises(ConfigError, match=f"mine.yaml: {said}"):
+    with pytest.raises(ConfigError, match=f"mine.yaml: (not YAML: )?{said}"):
         load(text)
+
+
+def test_file_that_is_not_utf_8_is_to_be_saved_as_such_and_windows_marks_are_read_over(tmp_path, tree):
+    (tmp_path / "gbk.yaml").write_bytes("run: {name: 训练}".encode("gbk"))
+    with pytest.raises(ConfigError, match=r"gbk\.yaml: not UTF-8 .*; save it as UTF-8"):
+        Config.load(tmp_path / "gbk.yaml")
+    (tmp_path / "bom.yaml").write_bytes(yaml.safe_dump(tree).replace("\n", "\r\n").encode("utf-8-sig"))
+    assert Config.load(tmp_path / "bom.yaml").run.name == tree["run"]["name"]
+
+
+def test_shards_that_are_a_folder_say_how_its_tars_are_named(mistakes, tree, tmp_path):
+    tree["data"]["train"][0]["shards"] = str(tmp_path)
+    assert mistakes(tree) == [f"data.train[0].shards: '{tmp_path}' is a folder; write '{tmp_path}/*.tar'"]
 
 
 def test_empty_file_lacks_model_data_and_length(mistakes):

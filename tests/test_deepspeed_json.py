@@ -8,6 +8,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from trainer.config import Config, OptimConfig, TrainConfig
 from trainer.deepspeed_json import ALLOWED, build
+from trainer.dist import World
+from trainer.engine import deepspeed_settings
+from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -113,6 +116,10 @@ def test_keys_of_the_yaml_are_refused_with_their_home(built, key, home):
         ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2', expected 1, 2 or 3"),
         ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow is false"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm is false"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer.device is nvme, which only ZeRO-3 knows",
+        ),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme"),
     ],
 )
@@ -150,3 +157,17 @@ def test_deepspeed_reads_the_files_of_the_repository_as_meant(file, bf16):
     assert read.zero_config.reduce_bucket_size == 200_000_000
     assert read.grad_accum_dtype == "fp32"
     assert (read.zero_config.offload_optimizer is not None) == (file.stem == "zero3_offload")
+
+
+def test_mistakes_of_the_zero_section_come_at_once_each_on_a_line(tiny_run, tmp_path):
+    zero = {"stage": 2, "reduce_bucket_sise": 1, "overlap_comm": "perhaps", "offload_optimizer": {"device": "gpu"}}
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8-sig")
+    config = Config.load(tiny_run, [f"deepspeed={tmp_path}/mine.json"])
+    with pytest.raises(ConfigError) as raised:
+        deepspeed_settings(config, World())
+    start = f"deepspeed: {tmp_path}/mine.json: zero_optimization."
+    assert sorted(str(raised.value).splitlines()) == [
+        f"{start}offload_optimizer.device: Input should be 'none', 'cpu' or 'nvme', found 'gpu'",
+        f"{start}overlap_comm: Input should be a valid boolean, unable to interpret input, found 'perhaps'",
+        f"{start}reduce_bucket_sise: unknown key; did you mean 'reduce_bucket_size'?",
+    ]

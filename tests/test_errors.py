@@ -1,8 +1,24 @@
 """What a person is told, on a terminal that obeys whatever it is sent."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
-from trainer.errors import EXIT_USER_ERROR, ConfigError, DataError, HostError, UserError, printable, run_main
+from trainer import stopping
+from trainer.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    ConfigError,
+    DataError,
+    HostError,
+    UserError,
+    printable,
+    run_main,
+)
+from trainer.stopping import StopRequest
 
 HOSTILE = "a\x1b[2J\x9b1m\u202egnp\u200b\u2066\x7f\r\ud800 b"
 WRITTEN_OUT = r"a\x1b[2J\x9b1m\u202egnp\u200b\u2066\x7f\r\ud800 b"
@@ -49,3 +65,42 @@ def test_an_error_is_told_once_by_a_rank_that_has_it(monkeypatch, capsys, error:
     with pytest.raises(SystemExit):
         run_main(main)
     assert capsys.readouterr().err.strip() == told
+
+
+def test_ctrl_c_is_a_line_and_its_own_code(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        run_main(main)
+    assert left.value.code == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C\n"
+
+
+def test_a_second_ctrl_c_is_heard_only_from_a_patient_person_who_was_told_what_it_does(monkeypatch, capfd):
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(stopping, "PATIENCE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == "\nending with a checkpoint; Ctrl-C again ends at once, without one\n"
+
+
+SAY = "from trainer.errors import run_main; run_main(lambda: print('\\u56fe'))"
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, 0, "\\u56fe\n"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, EXIT_USER_ERROR, "export LC_ALL=C.UTF-8"),
+    ],
+)
+def test_an_environment_without_utf_8_loses_no_word_and_no_file(variables, code, said):
+    done = subprocess.run(
+        [sys.executable, "-c", SAY], env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from trainer.config_checks import mistakes
-from trainer.config_reader import build, set_override
+from trainer.config_reader import build, read_yaml, set_override
 from trainer.errors import ConfigError
 from trainer.paths import find_config
 
@@ -210,10 +210,7 @@ class Config:
         architecture, and every number that does not fit (with so many ranks).
         """
         file = find_config(path)
-        try:
-            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: not YAML: {error}") from error
+        tree = read_yaml(file) or {}
         if not isinstance(tree, dict):
             raise ConfigError(f"{file}: expected sections, found a {type(tree).__name__}")
         errors: list[str] = []

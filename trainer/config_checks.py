@@ -40,7 +40,8 @@ def _check_model(model: "ModelConfig") -> list[str]:
     folders = {**parts, "init_from": model.init_from, "tokenizer": model.tokenizer}
     for name, folder in folders.items():
         if folder and not Path(folder).is_dir():
-            errors.append(f"model.{name}: no such folder: {folder}")
+            start = "" if Path(folder).is_absolute() else f" in {Path.cwd()}"
+            errors.append(f"model.{name}: no such folder: {folder}{start}")
         elif folder and name in MODEL_TYPES:
             errors += _check_model_type(f"model.{name}", Path(folder), MODEL_TYPES[name])
     return errors
@@ -124,7 +125,9 @@ def _check_data(config: "Config", needs_data: bool) -> list[str]:
                     continue
                 tars = expand_shards(pattern)
                 missing = [str(tar) for tar in tars if not Path(tar).is_file()]
-                if not tars:
+                if Path(pattern).is_dir():
+                    errors.append(f"{where}: '{pattern}' is a folder; write '{pattern.rstrip('/')}/*.tar'")
+                elif not tars:
                     errors.append(f"{where}: '{pattern}' matches no file")
                 elif missing:
                     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -207,6 +210,8 @@ def _check_numbers(config: "Config") -> list[str]:
     errors += [
         f"{name}: must not be negative, found {n}" for name, n in not_negative.items() if n is not None and n < 0
     ]
+    if abs(config.run.seed) >= 2**63:
+        errors.append(f"run.seed: must be a number of 63 bits, found {config.run.seed}")
     if train.max_loss_ratio is not None and train.max_loss_ratio <= 1:
         errors.append(f"train.max_loss_ratio: must be above 1, found {train.max_loss_ratio}; null for none")
     if not 0 <= optim.warmup_ratio <= 1:

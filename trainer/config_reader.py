@@ -9,9 +9,38 @@ import difflib
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from trainer.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """As `yaml.safe_load` reads, but a key that is given twice is an error: the first would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if isinstance(key, str) and lines.setdefault(key, line) != line:
+                problem = f"'{key}' is given twice, first in line {lines[key]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> Any:
+    """The tree of a YAML file. Raises ConfigError, naming file and line."""
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            return yaml.load(opened, _Loader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def set_override(tree: dict, override: str, errors: list[str]) -> None:
@@ -92,7 +121,8 @@ def _convert(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
             return value
     elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    errors.append(f"{where}: expected {_describe(hint)}, found {value!r}")
+    way_out = f"; write [{value}]" if origin is list and isinstance(value, (str, int, float)) else ""
+    errors.append(f"{where}: expected {_describe(hint)}, found {value!r}{way_out}")
     return _BAD
 
 

@@ -35,7 +35,7 @@ REFUSED = {
 def build(file: Path, config: "Config", world_size: int) -> tuple[dict[str, Any], list[str]]:
     """(what the engine gets, what is wrong in the file, one line each)."""
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
+        given = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         return {}, [f"deepspeed: {file} is not readable JSON ({error})"]
     if not isinstance(given, dict):
@@ -97,6 +97,12 @@ def _unsupported(file: Path, given: dict[str, Any]) -> list[str]:
         errors.append(
             f"deepspeed: {file}: zero_optimization.compute_grad_norm is false: in fp32 a step whose gradients are not "
             f"finite would be applied, not skipped; leave it out"
+        )
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device") == "nvme" and stage != 3:
+        errors.append(
+            f"deepspeed: {file}: zero_optimization.offload_optimizer.device is nvme, which only ZeRO-3 knows; with "
+            f"stage {stage} choose cpu or none"
         )
     if isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device") == "nvme":
         errors.append(

@@ -1,5 +1,6 @@
 """The DeepSpeed engine: ZeRO, precision, accumulation and clipping around model and optimizer."""
 
+import difflib
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -8,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,9 +31,21 @@ def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
     settings, _ = deepspeed_json.build(file, config, world.world_size)
     try:
         DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+    except ValidationError as error:
+        lines = [f"deepspeed: {file}: zero_optimization.{_in_words(mistake)}" for mistake in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"deepspeed: {file}: zero_optimization: {error}") from error
     return settings
+
+
+def _in_words(mistake: Any) -> str:
+    """One of Pydantic's mistakes on a line, with the nearest name for a key that is not known."""
+    key = ".".join(map(str, mistake["loc"]))
+    if mistake["type"] != "extra_forbidden":
+        return f"{key}: {mistake['msg']}, found {mistake['input']!r}"
+    near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
+    return f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
 
 
 def build_engine(

@@ -3,6 +3,7 @@
 Entry points print the message without a traceback and leave with `EXIT_USER_ERROR`.
 """
 
+import io
 import os
 import re
 import socket
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+"""By Ctrl-C, as shells have it."""
 
 
 class UserError(Exception):
@@ -69,9 +72,20 @@ def printable(text: str, lines: bool = False) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs an entry point: user errors become one message and exit code 2, everything else keeps its traceback."""
+    """Runs an entry point: user errors become one message and exit code 2, Ctrl-C a line and 130, everything else keeps
+    its traceback."""
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that has not all characters, or of a file
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if sys.getfilesystemencoding() != "utf-8":
+            raise ConfigError(
+                "names of files are not UTF-8 in this environment: export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+            )
         main()
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
     except UserError as error:
         if _is_told_here(error):
             named = _is_main() or isinstance(error, HostError)

@@ -1,5 +1,6 @@
 """What trains and what does not."""
 
+import difflib
 import hashlib
 import re
 
@@ -50,7 +51,9 @@ def freeze(model: MQWenForConditionalGeneration, patterns: list[str]) -> None:
             for parameter in named.values():
                 parameter.requires_grad_(False)
             if not named:
-                errors.append(f"'{pattern}' matches no parameter{where}")
+                near = difflib.get_close_matches(pattern, PARTS, n=1)
+                hint = f" (did you mean '{near[0]}'?)" if near else ""
+                errors.append(f"'{pattern}' matches no parameter{where}{hint}")
                 break
             if has_adapter and pattern not in PARTS and {part_of(name) for name in named} == {"language_model"}:
                 errors.append(frozen_by_lora(pattern))

@@ -160,6 +160,11 @@ def plan(
         on_each_host(world, measure)
     stream = open_stream(config, sources, lengths)
     log.info("%s", describe_stream(sources, stream))
+    rows, batch = sum(source.order.epoch_size for source in stream.sources), config.train.global_batch_size
+    if batch > rows:
+        log.warning(
+            "a step takes %s rows (train.global_batch_size), more than the %s that there are", f"{batch:,}", f"{rows:,}"
+        )
     return stream, lengths
 
 

@@ -123,6 +123,12 @@ def stream_rows(
     mean = sum(found[1:], found[0]) * (1 / len(found))
     text = max(0.0, longest - images * len(template.image_run)) if images else longest
     known = [describe_stream(sources, stream)]
+    looked_at = _first(stream)
+    if len(found) < looked_at:
+        known.append(
+            f"{looked_at - len(found):,} of the first {looked_at:,} rows have no sample that can be used: "
+            f"`launch/prepare_shards.py verify --config` says why"
+        )
     known += [f"averages of the first {len(found):,} rows: {mean.tokens:,.0f} tokens, {mean.supervised:,.0f} of them "
               f"learnt, {mean.images:.2g} pictures"]  # fmt: skip
     return Rows(
@@ -135,9 +141,13 @@ def stream_rows(
 
 def _look_at(config: Config, stream: Stream, reader: ShardReader, template: ChatTemplate) -> list[BatchShape]:
     """The shapes of the first rows, those without a usable sample left out. Pictures are not read."""
-    end = LOOKED_AT if len(stream.sources) > 1 else min(LOOKED_AT, stream.sources[0].order.epoch_size)
-    shapes = (_shape(config, stream.row(position), reader, template) for position in range(end))
+    shapes = (_shape(config, stream.row(position), reader, template) for position in range(_first(stream)))
     return [shape for shape in shapes if shape is not None]
+
+
+def _first(stream: Stream) -> int:
+    """How many rows are looked at."""
+    return LOOKED_AT if len(stream.sources) > 1 else min(LOOKED_AT, stream.sources[0].order.epoch_size)
 
 
 def _shape(config: Config, row: Row, reader: ShardReader, template: ChatTemplate) -> BatchShape | None:

@@ -154,7 +154,7 @@ def setup(
     tokenizer = load_tokenizer(config.model)
     model = load_model(config, tokenizer, resumed_from)
     freeze(model, config.freeze)
-    log.info("%s", table(model))
+    log.info("what trains:\n%s", table(model))
     transform = image_transform(model.config)
     template = ChatTemplate(tokenizer, model.config.image_token_id, model.config.image_context_length)
     reader, held_out_reader = open_reader(sources, data, cache), open_reader(held_out, data, cache, held_out=True)

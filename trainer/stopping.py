@@ -5,7 +5,9 @@ that is closed (unless `nohup` has it ignored). Handlers only set the flag: the 
 too.
 """
 
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 EXIT_STOPPED = 75
@@ -14,16 +16,21 @@ EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
+PATIENCE_SECONDS = 2.0
+
+
 class Stopped(Exception):
     """All ranks have agreed to stop."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop. As a context it catches the signals; a second Ctrl-C ends at once."""
+    """Whether this process was asked to stop. As a context it catches the signals; a second Ctrl-C, `PATIENCE_SECONDS`
+    or more after the first, ends at once."""
 
     def __init__(self) -> None:
         self.signal = ""
         """Name of the first that came; empty if none has."""
+        self._since = 0.0
 
     def __bool__(self) -> bool:
         return bool(self.signal)
@@ -43,8 +50,13 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == "SIGINT":
+            if time.monotonic() - self._since < PATIENCE_SECONDS:
+                return  # an impatient finger, or the terminal and a launcher both
             raise KeyboardInterrupt
-        self.signal = self.signal or signal.Signals(number).name
+        if not self.signal:
+            self.signal, self._since = signal.Signals(number).name, time.monotonic()
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nending with a checkpoint; Ctrl-C again ends at once, without one\n")
 
 
 def ignore_in_worker() -> None:

@@ -16,8 +16,10 @@ import webdataset
 from pairs import members_of, write_tar
 
 from trainer.data.index import ShardIndex, open_index
+from trainer.data.order import Slot
+from trainer.data.reader import ShardReader
 from trainer.data.writer import ShardWriter
-from trainer.errors import DataError
+from trainer.errors import BadSample, DataError
 
 BLOCK = 512
 
@@ -143,6 +145,15 @@ def test_images_of_a_sample_are_in_the_order_of_their_numbers(tmp_path):
         assert [content for content, is_image in found if is_image] == list(pictures.values())
 
 
+@pytest.mark.parametrize("extension", ["txt", "json"])
+def test_texts_that_a_dot_in_their_names_brings_together_are_no_sample(tmp_path, extension):
+    texts = {f"{number}.{extension}": b'{"caption": "x"}' for number in range(2)}
+    with webdataset.TarWriter(str(tmp_path / "dots.tar"), encoder=False) as writer:
+        writer.write({"__key__": "a", "0.png": b"", "1.png": b"", **texts})
+    with pytest.raises(BadSample, match="a key ends at the first dot"):
+        ShardReader([open_index(tmp_path / "dots.tar").shard]).conversation(Slot(0, 0))
+
+
 def test_unknown_members_are_ignored(tmp_path):
     file = tmp_path / "mixed.tar"
     with tarfile.open(file, "w") as archive:
@@ -262,7 +273,7 @@ def test_a_missing_tar_and_a_folder_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"none\.tar: the shard cannot be read \(No such file"):
         open_index(tmp_path / "none.tar")
     (tmp_path / "folder.tar").mkdir()
-    with pytest.raises(DataError, match=r"folder\.tar: not a readable tar"):
+    with pytest.raises(DataError, match=r"folder\.tar: a folder, expected a tar; write '.*folder\.tar/\*\.tar'"):
         open_index(tmp_path / "folder.tar")
 
 

@@ -159,7 +159,9 @@ def test_a_bad_entry_is_named_by_number_id_and_kind(images, one, kind, message):
 def test_an_absolute_name_of_a_picture_is_refused(images, tmp_path):
     source = llava(images, [entry("x", str(tmp_path / "secret.png")), entry("y", str(images / "a.png"))])
     assert bad(source, 0)[0] == OUTSIDE
-    assert bad(source, 1)[0] == OUTSIDE  # even inside: a JSON that names folders of one machine is of no use elsewhere
+    kind, said = bad(source, 1)
+    assert "an absolute name; names of pictures start from the folder" in said
+    assert kind == OUTSIDE  # even inside: a JSON that names folders of one machine is of no use elsewhere
     # A detour that stays inside is none.
     assert pictures(llava(images, [entry("x", "sub/../a.png")]).record(0)) == {"png": picture("red")}
 
@@ -174,8 +176,8 @@ def test_a_bad_line_is_one_bad_entry(images):
     lines = [json.dumps(entry("a", "a.png")), '{"id": 1,', "[" * 100_000, '"a"', json.dumps(entry("b", "a.png"))]
     source = ConversationSource(write_json(images.parent, "\n".join(lines), "data.jsonl"), images)
     assert bad(source, 1)[0] == bad(source, 2)[0] == bad(source, 3)[0] == MALFORMED_ENTRY
-    assert bad(source, 1)[1].startswith("entry 1: not JSON (")
-    assert bad(source, 2)[1] == "entry 2: not JSON (nested too deeply)"
+    assert bad(source, 1)[1].startswith(f"entry 1, line 2 of {images.parent}/data.jsonl: not JSON (")
+    assert bad(source, 2)[1] == f"entry 2, line 3 of {images.parent}/data.jsonl: not JSON (nested too deeply)"
     assert source.record(4).key == "00000004-b"
 
 

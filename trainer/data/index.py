@@ -163,6 +163,8 @@ def scan(tar: Path) -> ShardIndex:
     Raises DataError for a truncated or damaged tar and for a sample whose members do not stand together or come twice.
     """
     size, mtime_ns = _stat(tar)
+    if tar.is_dir():
+        raise DataError(f"{tar}: a folder, expected a tar; write '{tar}/*.tar'")
     digest = hashlib.sha256(f"{size}".encode())
     keys: list[str] = []
     names: set[str] = set()  # of the members of the last sample

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,7 +56,13 @@ class ShardReader:
         """The fields of a slot's .json, with the .txt as `caption` where they have none, and its number of pictures."""
         fields: dict = {}
         images = 0
-        for is_image, is_json, content in self._members(slot, images=False):
+        members = self._members(slot, images=False)
+        if max(Counter(is_json for is_image, is_json, _ in members if not is_image).values(), default=0) > 1:
+            raise BadSample(
+                "it has several .txt or .json: a key ends at the first dot, so a.1.txt and a.2.txt are of one sample",
+                "several texts",
+            )
+        for is_image, is_json, content in members:
             if is_image:
                 images += 1
             elif is_json:

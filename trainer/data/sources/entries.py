@@ -48,7 +48,9 @@ class JsonEntries:
         try:
             return json.loads(self._text[self._starts[number] : self._ends[number]].decode())
         except (ValueError, RecursionError) as error:
-            raise BadSample(f"entry {number}: not JSON ({_reason(error)})", MALFORMED_ENTRY) from error
+            line = self._text[: self._starts[number]].count(b"\n") + 1
+            what = f"entry {number}, line {line} of {self.file}: not JSON ({_reason(error)})"
+            raise BadSample(what, MALFORMED_ENTRY) from error
 
     def fingerprint(self) -> dict[str, Any]:
         return file_fingerprint(self.file)

@@ -39,7 +39,9 @@ def read_picture(folder: Path, file: str) -> bytes:
     path = folder / file
     # The normal form is also what is opened: `a/../b.jpg` is then `b.jpg`, even where `a` is a link to elsewhere.
     inside = os.path.normpath(file)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+    if os.path.isabs(inside):
+        raise BadSample(f"{file}: an absolute name; names of pictures start from the folder {folder}", OUTSIDE)
+    if inside.split(os.sep)[0] == os.pardir:
         raise BadSample(f"{file}: leads out of the folder {folder}; names of pictures start from there", OUTSIDE)
     if path.suffix.lstrip(".").lower() not in IMAGE_EXTENSIONS:
         raise BadSample(f"{path}: shards hold pictures as {', '.join(IMAGE_EXTENSIONS)}", UNKNOWN_FORMAT)
