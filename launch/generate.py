@@ -20,8 +20,6 @@ from answer_options import add_answer_options
 
 from trainer.errors import EXIT_INTERRUPTED, ConfigError, DataError, printable, run_main
 
-"""Exit code after Ctrl-C, as shells have it."""
-
 if TYPE_CHECKING:  # slow to import, so after the command line is known to be good
     from trainer.generate import Decoding
     from trainer.question_files import Question

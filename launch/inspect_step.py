@@ -21,7 +21,6 @@ def main() -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the YAML"
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and is no error
     config = Config.load(args.config, args.set)
     if args.step < 1:
         raise ConfigError(f"--step {args.step}: steps count from 1")
@@ -47,6 +46,7 @@ def main() -> None:
         raise ConfigError(f"--step {args.step}: the run ends with step {last}; give it that or less")
     names = [source.name for source in sources for _ in source.shards]
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and is no error
     print(f"{'row':>4}  {'source':12}  {'tokens':>6}  {'cut':>5}  {'learnt':>6}  {'images':>6}  shard/key: last answer")
     rows = global_batch(stream, args.step - 1, config.train.global_batch_size)
     for number, row in enumerate(rows):

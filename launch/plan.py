@@ -39,8 +39,6 @@ def main() -> None:
     world = world_from_environment()
     world_size = world.world_size if args.world_size is None else args.world_size
     check_arguments(args, world_size)
-    if not args.measure:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and is no error
     config = Config.load(args.config, args.set, world_size, needs_data=args.measure)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found nothing else
@@ -53,8 +51,11 @@ def main() -> None:
 
     gpu_memory = parse_bytes("--gpu-memory", args.gpu_memory)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops("H100", config.train.bf16)
+    text = report(make_plan(config, world_size), gpu_memory, args.mfu, peak) if world.is_main else ""
+    if not args.measure:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and is no error
     if world.is_main:
-        print(report(make_plan(config, world_size), gpu_memory, args.mfu, peak), flush=True)
+        print(text, flush=True)
     if args.measure:
         from trainer.measure import measure
 

@@ -24,10 +24,8 @@ from typing import TYPE_CHECKING
 
 from shard_commands import add_inspection_commands, positive
 
-from trainer.data.parallel import cores
+from trainer.cores import cores
 from trainer.errors import EXIT_INTERRUPTED, DataError, run_main
-
-"""Exit code after Ctrl-C, as shells have it."""
 
 if TYPE_CHECKING:  # the rest is slow to import, so after the command line is known to be good
     from trainer.data.sources.source import Source

@@ -109,3 +109,10 @@ def test_two_tars_with_the_same_samples(launch, shards):
     shutil.copy(tar, shards / "copy.tar")
     said = launch(f"data.train=[{{name: a, shards: ['{tar}', '{shards}/copy.tar']}}]")
     assert said.startswith(f"{tar} and {shards}/copy.tar hold the same samples; leave one of them out")
+
+
+def test_a_step_of_more_rows_than_there_are_is_worth_a_word(tiny_run, tmp_path):
+    settings = f"run.output_dir={tmp_path}/run", "train.global_batch_size=48", "train.max_steps=1"
+    done = script("launch/train.py", "--config", str(tiny_run), "--set", *settings, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "train.global_batch_size: a step takes 48 rows, and there are 24" in done.stdout

@@ -238,6 +238,7 @@ train: {{max_steps: 5, global_batch_size: 10, micro_batch_size: 4}}
     [
         ("run", {"seed": "one"}, "run.seed: expected a whole number, found 'one'"),
         ("run", {"seed": 1.5}, "run.seed: expected a whole number, found 1.5"),
+        ("run", {"seed": 2**64}, f"run.seed: must be a number of 63 bits, found {2**64}"),
         ("run", {"seed": True}, "run.seed: expected a whole number, found True"),
         ("run", {"seed": None}, "run.seed: expected a whole number, found None"),
         ("run", {"name": 7}, "run.name: expected text, found 7"),
@@ -330,11 +331,19 @@ def test_set_is_checked_like_the_file(mistakes, tree):
         ("- run", "expected sections, found a list"),
         ("train: {}\nrun: {}\ntrain: {epochs: 1}", r"'train' is given twice, first in line 1\n\s+in .*line 3"),
         ("train:\n  epochs: 1\n  epochs: 2", r"'epochs' is given twice, first in line 2\n\s+in .*line 3"),
+        ("train: {epochs: 1, epochs: 2}", "'epochs' is given twice, first in line 1"),
     ],
 )
 def test_file_that_is_no_configuration(load, text, said):
     with pytest.raises(ConfigError, match=f"mine.yaml: (not YAML: )?{said}"):
         load(text)
+
+
+def test_what_yaml_merges_is_given_once(load, tree):
+    del tree["eval"]
+    text = yaml.safe_dump(tree) + "eval: &a {every_steps: 3}\nlogging: {<<: *a, every_steps: 4}\n"
+    config = load(text)
+    assert (config.eval.every_steps, config.logging.every_steps) == (3, 4)
 
 
 def test_file_that_is_not_utf_8_is_to_be_saved_as_such_and_windows_marks_are_read_over(tmp_path, tree):

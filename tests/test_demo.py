@@ -69,7 +69,7 @@ def test_lora_learns_the_task_beside_a_language_model_that_stands_still(demo, tm
         for name, folder in {"base": checkpoint / "base", "LoRA": checkpoint, "merged": tmp_path / "out"}.items()
     }
     assert found["LoRA"] >= 0.95, found
-    assert found["LoRA"] > found["base"], found
+    assert found["LoRA"] > found["base"] + 0.03, found
     assert found["merged"] == found["LoRA"]
 
 

@@ -78,6 +78,8 @@ def test_ctrl_c_is_a_line_and_its_own_code(capsys):
 
 
 def test_a_second_ctrl_c_is_heard_only_from_a_patient_person_who_was_told_what_it_does(monkeypatch, capfd):
+    monkeypatch.setattr(stopping, "PATIENCE_SECONDS", 1e9)
+    monkeypatch.delenv("RANK", raising=False)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == "SIGINT"
@@ -86,6 +88,26 @@ def test_a_second_ctrl_c_is_heard_only_from_a_patient_person_who_was_told_what_i
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert capfd.readouterr().err == "\nending with a checkpoint; Ctrl-C again ends at once, without one\n"
+
+
+CLOSED = """
+import os, signal
+from trainer.stopping import StopRequest
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 2)
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+print(stop.signal)
+"""
+
+
+def test_ctrl_c_is_heard_where_nobody_reads_the_errors_any_more():
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout == "SIGINT\n"
 
 
 SAY = "from trainer.errors import run_main; run_main(lambda: print('\\u56fe'))"

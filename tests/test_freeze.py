@@ -120,6 +120,8 @@ def test_bad_patterns_and_nothing_left_are_reported_together(model):
 
 
 def test_everything_frozen_is_a_mistake(model):
+    with pytest.raises(ConfigError, match=r"'vision_towr' matches no parameter \(did you mean 'vision_tower'\?\)"):
+        freeze(model, ["vision_towr"])
     with pytest.raises(ConfigError, match="everything is frozen: nothing is left to train"):
         freeze(model, list(PARTS))
     with pytest.raises(ConfigError, match="everything is frozen"):

@@ -107,6 +107,22 @@ def test_another_job_at_the_same_address_is_not_joined():
     assert "1 of 2 ranks are missing: rank 0." in second_said or "is gone while ranks gather" in second_said
 
 
+GROUPS = """
+from datetime import timedelta
+import torch, torch.distributed as dist
+from trainer.rendezvous import set_timeout
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+groups = [dist.group.WORLD, dist.new_group([0])]  # as DeepSpeed makes one
+set_timeout(timedelta(hours=3))
+print([group._get_backend(torch.device("cpu")).options._timeout.seconds for group in groups])
+"""
+
+
+def test_all_groups_wait_as_long():
+    done = subprocess.run([sys.executable, "-c", GROUPS], capture_output=True, text=True, check=True)
+    assert done.stdout == "[10800, 10800]\n"
+
+
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("moment", ["before", "during"])
 def test_a_job_cancelled_while_it_starts_ends_at_once(number, moment):

@@ -20,14 +20,17 @@ from trainer.errors import ConfigError
 class _Loader(yaml.SafeLoader):
     """As `yaml.safe_load` reads, but a key that is given twice is an error: the first would be lost in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if isinstance(key, str) and lines.setdefault(key, line) != line:
-                problem = f"'{key}' is given twice, first in line {lines[key]}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if line := first.get((key.tag, key.value)):
+                problem = f"'{key.value}' is given twice, first in line {line}"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            first[key.tag, key.value] = key.start_mark.line + 1
+        return node
 
 
 def read_yaml(file: Path) -> Any:
@@ -56,7 +59,7 @@ def set_override(tree: dict, override: str, errors: list[str]) -> None:
         errors.append(f"--set {override}: expected section.key=value")
         return
     try:
-        node[name] = yaml.safe_load(value)
+        node[name] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         errors.append(f"--set {override}: the value is not YAML ({error})")
 

@@ -17,7 +17,7 @@ import torch.distributed
 from tqdm import tqdm
 
 from trainer import rendezvous
-from trainer.data.parallel import cores
+from trainer.cores import cores
 from trainer.errors import ConfigError, DataError, UserError
 from trainer.stopping import StopRequest
 

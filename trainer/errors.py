@@ -84,7 +84,8 @@ def run_main(main: Callable[[], None]) -> None:
             )
         main()
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+        if _is_main():
+            print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
     except UserError as error:
         if _is_told_here(error):

@@ -315,9 +315,9 @@ def options(model: nn.Module, config: Config, settings: dict[str, Any], world_si
             found.append(Option(name, config.deepspeed, own, own=True))
             continue
         section = {**two["zero_optimization"], "stage": stage, **(offload if offloads else {})}
+        settings = files.get(name, {**two, "zero_optimization": section})
         try:
-            taken = files.get(name, {**two, "zero_optimization": section})
-            sharding = Sharding.of(model, config.optim, taken, world_size)
+            sharding = Sharding.of(model, config.optim, settings, world_size)
         except ConfigError:
             sharding = None
         found.append(Option(name, REPOSITORY.get(name), sharding))

@@ -162,9 +162,7 @@ def plan(
     log.info("%s", describe_stream(sources, stream))
     rows, batch = sum(source.order.epoch_size for source in stream.sources), config.train.global_batch_size
     if batch > rows:
-        log.warning(
-            "a step takes %s rows (train.global_batch_size), more than the %s that there are", f"{batch:,}", f"{rows:,}"
-        )
+        log.warning("train.global_batch_size: a step takes %s rows, and there are %s", f"{batch:,}", f"{rows:,}")
     return stream, lengths
 
 

@@ -162,12 +162,9 @@ class Saver:
         _announce(partial, final)
         self._newest = final
         log.info("saved %s, whole after %.1f s", final, time.monotonic() - started)
-        try:
-            if self.retention.keep_best and held_out_loss is not None:
-                note_best(self.output_dir, state.step, held_out_loss)
-            remove_old(self.output_dir, final, self.retention)
-        except OSError as error:
-            log.warning("%s: older checkpoints could not all be removed (%s)", self.output_dir, error)
+        if self.retention.keep_best and held_out_loss is not None:
+            note_best(self.output_dir, state.step, held_out_loss)
+        remove_old(self.output_dir, final, self.retention)
 
     def wait(self) -> None:
         """Returns once no checkpoint is being written. All ranks call this. Raises, on all, why one could not be."""
@@ -224,7 +221,10 @@ def _announce(partial: Path, final: Path) -> None:
 
 
 def remove_old(output_dir: Path, newest: Path, retention: CheckpointConfig) -> None:
-    """Removes the oldest checkpoints, but never the newest, the best, or one that is kept for its step."""
+    """Removes the oldest checkpoints, but never the newest, the best, or one that is kept for its step. What the disk
+    refuses, as NFS does while somebody reads it, is logged, and tried again the next time."""
+    for left in output_dir.glob(".checkpoint-*.removed"):
+        shutil.rmtree(left, ignore_errors=True)
     if not retention.keep_last:
         return
     # After a resume from an older checkpoint the newest is not the one with the highest step.
@@ -232,10 +232,10 @@ def remove_old(output_dir: Path, newest: Path, retention: CheckpointConfig) -> N
     for old in others[: max(0, len(others) + 1 - retention.keep_last)]:
         kept_for_its_step = retention.keep_every and int(old.name.rpartition("-")[2]) % retention.keep_every == 0
         if not kept_for_its_step and old.name != read_best(output_dir).get("checkpoint"):
-            # First the name: nobody is to take what is half removed for a checkpoint.
-            gone = old.with_name(f".{old.name}.removed")
-            shutil.rmtree(gone, ignore_errors=True)
-            shutil.rmtree(old.rename(gone))
+            try:  # first the name: nobody is to take what is half removed for a checkpoint
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+            except OSError as error:
+                log.warning("%s cannot be removed (%s)", old, error)
 
 
 def note_best(output_dir: Path, step: int, held_out_loss: float) -> None:

@@ -30,7 +30,7 @@ from trainer.data.template import ChatTemplate
 from trainer.data.transform import ImageTransform
 from trainer.dist import TIMEOUT, World, log, on_main_rank
 from trainer.engine import build_engine, deepspeed_settings
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.export import make_processor
 from trainer.freeze import describe_trained, freeze, table
 from trainer.guard import StepGuard
@@ -171,9 +171,14 @@ def setup(
         on_main_rank(world, lambda: check_disk(config, steps, checkpoint_bytes(sharding), resumed_from))
 
     def choose(gpu_memory: float) -> int:
-        with open_reader(sources, data, cache) as own:  # what it has opened is closed again
-            batch = stream_rows(config, sources, stream, own, template, lengths).largest_batch(config)
         setting = config.model.activation_checkpointing
+        try:
+            with open_reader(sources, data, cache) as own:  # what it has opened is closed again
+                batch = stream_rows(config, sources, stream, own, template, lengths).largest_batch(config)
+        except DataError:
+            if setting == "auto":
+                raise
+            return int(setting)  # there was only a warning to give
         return planned_recomputation(model, sharding.states(), batch, setting, usable(gpu_memory))
 
     every = chosen_recomputation(config, world, choose)

@@ -1,13 +1,14 @@
 """Asked to stop: a signal sets a flag, all ranks agree on it at the next micro-step, and the run ends with a save.
 
 SIGTERM comes from a preempting scheduler, SIGUSR1 ahead of a time limit, SIGINT from Ctrl-C, SIGHUP from a terminal
-that is closed (unless `nohup` has it ignored). Handlers only set the flag: the process may be anywhere, in a collective
-too.
+that is closed (unless `nohup` has it ignored). Handlers only set the flag, and may say so: the process may be anywhere,
+in a collective too.
 """
 
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 EXIT_STOPPED = 75
@@ -15,8 +16,8 @@ EXIT_STOPPED = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-
 PATIENCE_SECONDS = 2.0
+"""A second Ctrl-C that comes sooner is not meant."""
 
 
 class Stopped(Exception):
@@ -31,6 +32,7 @@ class StopRequest:
         self.signal = ""
         """Name of the first that came; empty if none has."""
         self._since = 0.0
+        self._is_alone = "RANK" not in os.environ  # else a launcher is between the person and this process
 
     def __bool__(self) -> bool:
         return bool(self.signal)
@@ -55,8 +57,9 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self._since = signal.Signals(number).name, time.monotonic()
-            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nending with a checkpoint; Ctrl-C again ends at once, without one\n")
+            if number == signal.SIGINT and self._is_alone:
+                with suppress(OSError):  # who was to read it may have ended by the same Ctrl-C
+                    os.write(2, b"\nending with a checkpoint; Ctrl-C again ends at once, without one\n")
 
 
 def ignore_in_worker() -> None:

@@ -76,6 +76,18 @@ def test_a_chunk_is_as_large_as_its_setting_says(monkeypatch):
     assert sizes == [(4, V), (4, V), (3, V)]  # 11 supervised rows, not all 18
 
 
+@pytest.mark.parametrize("num_items", [1000, torch.tensor(1000), torch.tensor([1000])])
+def test_the_divisor_may_be_large_and_a_tensor_and_the_weights_fp16(num_items):
+    hidden, weight, labels = inputs()
+    hidden, weight = (x.half().requires_grad_() for x in (hidden, weight))
+    expected, *gradients = reference(hidden, weight, labels, 1000)
+    loss = loss_of(hidden, weight, labels, num_items)
+    (1024 * loss).backward()  # as a loss scaler does
+    assert_close(loss, expected, rtol=2e-3)
+    for tensor, gradient in zip((hidden, weight), gradients, strict=True):
+        assert_close(tensor.grad / 1024, gradient, atol=0.01 * gradient.abs().max().item())
+
+
 def test_in_bf16_the_divisor_is_no_error_common_to_all_gradients():
     # 1/1027 is 0.26 % off in bf16; of 1/1024 nothing is lost. Else the gradients only round, each by itself.
     generator = torch.Generator().manual_seed(7)

@@ -11,15 +11,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trainer.cores import cores
 from trainer.data.fork import LiveForkContext
 from trainer.errors import DataError
 
 _task: Callable[[Any], Any]
-
-
-def cores() -> int:
-    """Cores that this process may use: of a Slurm allocation only those that are ours; not every system can tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_processes(

@@ -7,6 +7,8 @@ once, and throw the logits away. Value and gradients equal those of the plain lo
 Shapes: B batch, T tokens, S supervised positions, D hidden size, V vocabulary.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -25,7 +27,8 @@ def chunk_rows(vocabulary: int, trains: bool) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies of `hidden @ weight.T`, divided. The gradients are made in the forward pass, chunk by
-    chunk, and divided there, in fp32: the divisor, rounded to bf16, would be an error common to all."""
+    chunk, and there, in fp32, they get what of the divisor is no power of two: rounded to bf16 it would be an error
+    common to all."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, divisor):
@@ -33,6 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Chunks of the head's gradient are summed in fp32: in bf16 late chunks would vanish against the sum.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
+        mantissa, ctx.exponent = math.frexp(divisor)
         rows = chunk_rows(weight.shape[0], grad_weight is not None)
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows, None]
@@ -43,8 +47,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (total.log() + highest - of_target).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.div_(total.mul_(divisor))  # softmax
-            grad.scatter_add_(-1, target, grad.new_full(target.shape, -1 / divisor))
+            grad = logits.div_(total.mul_(mantissa))  # softmax
+            grad.scatter_add_(-1, target, grad.new_full(target.shape, -1 / mantissa))
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
@@ -59,7 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         # In place: nobody else has them, and a second backward pass would be told so by PyTorch.
-        return *(None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in ctx.saved_tensors), None, None
+        scale = grad_loss * 2.0**-ctx.exponent
+        return *(None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors), None, None
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,5 +93,5 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()  # else the gradient of a trained head would be made in evaluation too
-    divisor = max(1, targets.numel() if num_items is None else num_items)
+    divisor = max(1, targets.numel() if num_items is None else int(num_items))
     return _LinearCrossEntropy.apply(hidden_states.flatten(0, 1), weight, targets, divisor)
