@@ -232,6 +232,8 @@ def test_an_answer_that_is_stopped_stays_and_the_conversation_goes_on(browser, g
             if (found := answers(page)) and len(found[0]) >= 5:
                 break
             page.wait_for_timeout(20)
+        else:
+            pytest.fail("no answer begins")
         page.get_by_role("button", name="停止 · Stop").click()
         page.wait_for_timeout(1500)
         (stopped,) = answers(page)

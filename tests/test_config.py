@@ -329,13 +329,16 @@ def test_set_is_checked_like_the_file(mistakes, tree):
     [
         ("a: [", r"not YAML: .*\n.*\n.*in \".*mine.yaml\", line 1"),
         ("- run", "expected sections, found a list"),
-        ("train: {}\nrun: {}\ntrain: {epochs: 1}", r"'train' is given twice, first in line 1\n\s+in .*line 3"),
-        ("train:\n  epochs: 1\n  epochs: 2", r"'epochs' is given twice, first in line 2\n\s+in .*line 3"),
-        ("train: {epochs: 1, epochs: 2}", "'epochs' is given twice, first in line 1"),
+        (
+            "train: {}\nrun: {}\ntrain: {epochs: 1}",
+            r"not YAML: 'train' is given twice, first in line 1\n\s+in .*line 3",
+        ),
+        ("train:\n  epochs: 1\n  epochs: 2", r"not YAML: 'epochs' is given twice, first in line 2\n\s+in .*line 3"),
+        ("train: {epochs: 1, epochs: 2}", "not YAML: 'epochs' is given twice, first in line 1"),
     ],
 )
 def test_file_that_is_no_configuration(load, text, said):
-    with pytest.raises(ConfigError, match=f"mine.yaml: (not YAML: )?{said}"):
+    with pytest.raises(ConfigError, match=f"mine.yaml: {said}"):
         load(text)
 
 

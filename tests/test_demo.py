@@ -115,7 +115,7 @@ def test_export_opens_by_every_door_where_only_transformers_is(demo, tmp_path):
 
     generator = Generator(export, dtype=torch.float32)
     expected = [generator.answer([Path(file).read_bytes()], [question])[0] for file, question in asked]
-    assert sum(map(str.__eq__, expected, true)) >= 0.75 * len(true)  # answers worth comparing, though twenty are few
+    assert sum(map(str.__eq__, expected, true)) > 0.9 * len(true)
     answers = json.loads((tmp_path / "doors.json").read_text())
     assert answers == dict.fromkeys(answers, expected)
     assert said.strip() == generator.answer([(tmp_path / "0.png").read_bytes()], ["What is this?"])[0]
