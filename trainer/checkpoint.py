@@ -148,8 +148,15 @@ def tidy(output_dir: Path) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(final)
-    for left in (*output_dir.glob(".checkpoint-*.partial"), *output_dir.glob(".checkpoint-*.removed")):
-        shutil.rmtree(left, ignore_errors=left.suffix == ".removed")  # somebody may have a file of that open
+    for partial in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(partial)
+    sweep(output_dir)
+
+
+def sweep(output_dir: Path) -> None:
+    """Removes what is left of checkpoints that were being removed, as far as the disk allows: somebody may read it."""
+    for left in output_dir.glob(".checkpoint-*.removed"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def clear(output_dir: Path) -> None:

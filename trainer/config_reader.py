@@ -5,7 +5,6 @@ together.
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, did_you_mean
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,8 +76,7 @@ def build(cls: type, tree: Any, where: str, errors: list[str]) -> Any:
         if key in fields:
             values[key] = _convert(hints[key], value, name, errors)
         else:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(fields)}"
+            hint = did_you_mean(str(key), fields) or f"known are {', '.join(fields)}"
             errors.append(f"{name}: unknown key; {hint}")
     for name, f in fields.items():
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:

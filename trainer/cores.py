@@ -1,3 +1,5 @@
+"""How much of the processor there is for this process."""
+
 import os
 
 

@@ -5,10 +5,11 @@ in the JSON means "from the YAML". A contradiction between the two is a mistake,
 know, which it would accept in silence.
 """
 
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from trainer.errors import did_you_mean
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -45,8 +46,8 @@ def build(file: Path, config: "Config", world_size: int) -> tuple[dict[str, Any]
         if key in REFUSED:
             errors.append(f"deepspeed: {file}: '{key}' does not belong here: {REFUSED[key]}")
         elif key not in ALLOWED:
-            near = difflib.get_close_matches(key, ALLOWED, n=1)
-            errors.append(f"deepspeed: {file}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            hint = did_you_mean(key, ALLOWED)
+            errors.append(f"deepspeed: {file}: unknown key '{key}'" + (f"; {hint}" if hint else ""))
 
     errors += _unsupported(file, given)
     train = config.train

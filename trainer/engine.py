@@ -1,6 +1,5 @@
 """The DeepSpeed engine: ZeRO, precision, accumulation and clipping around model and optimizer."""
 
-import difflib
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -18,7 +17,7 @@ from trainer import deepspeed_json
 from trainer.config import Config
 from trainer.dist import World, log
 from trainer.engine_files import RecordingCheckpointEngine
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, did_you_mean
 from trainer.flops import is_recomputed
 from trainer.memory import Sharding
 from trainer.optim import build_optimizer, parameter_groups
@@ -44,8 +43,8 @@ def _in_words(mistake: Any) -> str:
     key = ".".join(map(str, mistake["loc"]))
     if mistake["type"] != "extra_forbidden":
         return f"{key}: {mistake['msg']}, found {mistake['input']!r}"
-    near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
-    return f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
+    hint = did_you_mean(key, DeepSpeedZeroConfig.model_fields)
+    return f"{key}: unknown key" + (f"; {hint}" if hint else "")
 
 
 def build_engine(

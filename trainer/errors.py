@@ -3,12 +3,13 @@
 Entry points print the message without a traceback and leave with `EXIT_USER_ERROR`.
 """
 
+import difflib
 import io
 import os
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -55,6 +56,12 @@ class NumbersError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or model folder that cannot be used."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question after the known word that is nearest to an unknown one; empty if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else ""
 
 
 def refused_name(error: Exception) -> str | None:

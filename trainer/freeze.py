@@ -1,6 +1,5 @@
 """What trains and what does not."""
 
-import difflib
 import hashlib
 import re
 
@@ -8,7 +7,7 @@ from torch import nn
 
 from trainer.config_checks import frozen_by_lora
 from trainer.dist import log
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, did_you_mean
 from trainer.lora import describe_adapter, is_adapter, stored_name
 from trainer.models.modeling_mqwen_vl import MQWenForConditionalGeneration
 
@@ -51,9 +50,8 @@ def freeze(model: MQWenForConditionalGeneration, patterns: list[str]) -> None:
             for parameter in named.values():
                 parameter.requires_grad_(False)
             if not named:
-                near = difflib.get_close_matches(pattern, PARTS, n=1)
-                hint = f" (did you mean '{near[0]}'?)" if near else ""
-                errors.append(f"'{pattern}' matches no parameter{where}{hint}")
+                hint = did_you_mean(pattern, PARTS)
+                errors.append(f"'{pattern}' matches no parameter{where}" + (f" ({hint})" if hint else ""))
                 break
             if has_adapter and pattern not in PARTS and {part_of(name) for name in named} == {"language_model"}:
                 errors.append(frozen_by_lora(pattern))

@@ -14,10 +14,19 @@ SPARSEST = 8
 """Every eighth layer: fewer save little."""
 
 
-def recompute_every(model: MQWenForConditionalGeneration, states: States, batch: BatchShape, room: float) -> int:
-    """In how few layers activations must be recomputed for a batch to fit into so many bytes of a rank's accelerator:
-    every k-th, of `SPARSEST` on; 0: in none; 1: in all, which may not be enough either, or is what is left where layers
-    are of a kind that cannot be planned."""
+def recompute_every(
+    model: MQWenForConditionalGeneration,
+    states: States,
+    batch: BatchShape,
+    room: float,
+    setting: bool | int | Literal["auto"] = "auto",
+) -> int:
+    """Layers whose activations are recomputed, as in `is_recomputed`: as set by `model.activation_checkpointing`, or in
+    how few they must be for a batch to fit into so many bytes of a rank's accelerator: every k-th, of `SPARSEST` on; 0:
+    in none; 1: in all, which may not be enough either, or is what is left where layers are of a kind that cannot be
+    planned."""
+    if setting != "auto":
+        return int(setting)
     try:
         fitting = (n for n in (0, *range(SPARSEST, 1, -1)) if states.total(activation_bytes(model, batch, n)) <= room)
         return next(fitting, 1)
@@ -32,11 +41,8 @@ def planned_recomputation(
     setting: bool | int | Literal["auto"],
     room: float,
 ) -> int:
-    """As `recompute_every`, or as it is set. Warns where by the plan a batch does not fit.
-
-    setting: `model.activation_checkpointing`.
-    """
-    every = recompute_every(model, states, batch, room) if setting == "auto" else int(setting)
+    """As `recompute_every`; warns where by the plan a batch does not fit."""
+    every = recompute_every(model, states, batch, room, setting)
     with suppress(ConfigError):  # layers of a kind that cannot be planned
         planned = states.total(activation_bytes(model, batch, every))
         if planned > room:

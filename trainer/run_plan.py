@@ -74,11 +74,10 @@ class Plan:
 
     def recompute_every(self, room: float) -> int:
         """Layers whose activations training recomputes on a GPU with so many bytes for tensors: as set, or chosen."""
-        every = self.config.model.activation_checkpointing
-        if every != "auto":
-            return int(every)
+        setting = self.config.model.activation_checkpointing
         assert self.own.sharding is not None
-        return recompute_every(self.model, self.own.sharding.states(), self.rows.largest_batch(self.config), room)
+        states, batch = self.own.sharding.states(), self.rows.largest_batch(self.config)
+        return recompute_every(self.model, states, batch, room, setting)
 
     def fitting(self, option: Option, every: int, room: float) -> int:
         """Rows of the largest micro-batch in so many bytes."""

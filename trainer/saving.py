@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from trainer import export, lora, manifest
 from trainer.card import BASE_CARD, ModelCard
-from trainer.checkpoint import BEST, DEEPSPEED, STATE, RunState, existing, name_of, read_best
+from trainer.checkpoint import BEST, DEEPSPEED, STATE, RunState, existing, name_of, read_best, sweep
 from trainer.config import CheckpointConfig
 from trainer.data.writer import sync, write_whole
 from trainer.dist import World, gather, log, on_main_rank, on_ranks, raise_together
@@ -223,8 +223,7 @@ def _announce(partial: Path, final: Path) -> None:
 def remove_old(output_dir: Path, newest: Path, retention: CheckpointConfig) -> None:
     """Removes the oldest checkpoints, but never the newest, the best, or one that is kept for its step. What the disk
     refuses, as NFS does while somebody reads it, is logged, and tried again the next time."""
-    for left in output_dir.glob(".checkpoint-*.removed"):
-        shutil.rmtree(left, ignore_errors=True)
+    sweep(output_dir)
     if not retention.keep_last:
         return
     # After a resume from an older checkpoint the newest is not the one with the highest step.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,7 +57,8 @@ class ShardReader:
         fields: dict = {}
         images = 0
         members = self._members(slot, images=False)
-        if max(Counter(is_json for is_image, is_json, _ in members if not is_image).values(), default=0) > 1:
+        texts = [is_json for is_image, is_json, _ in members if not is_image]
+        if len(texts) > len(set(texts)):
             raise BadSample(
                 "it has several .txt or .json: a key ends at the first dot, so a.1.txt and a.2.txt are of one sample",
                 "several texts",
